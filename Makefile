@@ -1,0 +1,63 @@
+# Sets itself up: a pinned Poetry in .poetry/, then what poetry.lock names in .venv/.
+PYTHON ?= python3
+POETRY_VERSION := 2.5.1
+MIRROR_PLUGIN_VERSION := 0.6.5
+
+PYTHON_VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+POETRY_READY := .poetry/ready-$(POETRY_VERSION)-$(MIRROR_PLUGIN_VERSION)-python$(PYTHON_VERSION)
+VENV_READY := .venv/ready-python$(PYTHON_VERSION)
+POETRY := .poetry/bin/python -m poetry
+
+# An environment that happens to be active, or switched off, is not the one meant here.
+unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
+
+help:
+	@echo 'make demo       set up, then run the three scripts'
+	@echo 'make test       set up, then run the tests'
+	@echo 'make test-all   the same with the slow tests, which train to the end'
+	@echo 'make lint       set up, then check style and format'
+	@echo 'make clean      remove what was set up; the data and the results stay'
+	@echo 'Each takes PYTHON=python3.13 or the like; the default is python3.'
+
+demo: $(VENV_READY)
+	$(POETRY) run src/pytorch-hello.py
+	$(POETRY) run src/fashion-mnist.py
+	$(POETRY) run src/attention.py
+
+test: $(VENV_READY)
+	$(POETRY) run pytest
+
+test-all: $(VENV_READY)
+	$(POETRY) run pytest -m ''
+
+lint: $(VENV_READY)
+	$(POETRY) check --lock
+	$(POETRY) run ruff check
+	$(POETRY) run ruff format --check
+
+clean:
+	rm -rf .poetry .venv
+
+# Poetry asks PyPI for more than the simple index that company mirrors serve; the plugin does with
+# that, and takes the index that pip is set to.
+INDEX := from pip._internal.commands import create_command as c; \
+	print(c("install").parser.get_default_values().index_url)
+
+$(POETRY_READY):
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer, please: make PYTHON=python3.13")'
+	"$(PYTHON)" -m venv --clear .poetry
+	.poetry/bin/python -m pip install --quiet poetry==$(POETRY_VERSION) \
+		poetry-plugin-pypi-mirror==$(MIRROR_PLUGIN_VERSION)
+	touch $@
+
+# While .poetry/installing is there, an installation was cut short, and the next one starts afresh.
+$(VENV_READY): pyproject.toml poetry.lock | $(POETRY_READY)
+	[ ! -e .poetry/installing ] && .venv/bin/python -c \
+		'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(PYTHON_VERSION)")' 2>/dev/null \
+		|| { touch .poetry/installing && "$(PYTHON)" -m venv --clear --without-pip .venv; }
+	touch .poetry/installing
+	POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install
+	touch $@
+	rm .poetry/installing
+
+.PHONY: help demo test test-all lint clean
