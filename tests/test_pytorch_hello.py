@@ -1,0 +1,48 @@
+import importlib
+import re
+
+import numpy as np
+import pytest
+import torch
+
+hello = importlib.import_module("pytorch-hello")
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(3.0, -2.0), (-0.5, 4.0)])
+def test_fit_line_finds_the_least_squares_line(slope, intercept):
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    y = slope * x + intercept + 0.1 * torch.randn(50, dtype=torch.float64)
+    found = hello.fit_line(x, y, steps=300, lr=0.2)
+    np.testing.assert_allclose(found, np.polyfit(x.numpy(), y.numpy(), 1), atol=1e-6)
+
+
+def test_one_step_lowers_the_squared_error():
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 50)
+    y = 3 * x - 2
+    errors = []
+    for steps in (0, 1, 10):
+        torch.manual_seed(1)
+        w, b = hello.fit_line(x, y, steps=steps, lr=0.1)
+        errors.append((w * x + b - y).square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_it_runs_and_prints_what_it_found(run_script):
+    done = run_script("pytorch-hello.py", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 12 <= len(done.stdout.splitlines()) <= 18
+    assert f"PyTorch {torch.__version__} on cpu" in done.stdout
+    assert "[[7.0, 10.0], [15.0, 22.0]]" in done.stdout
+    assert re.findall(r"(?:autograd|by hand) +([\d.]+)", done.stdout) == ["12.0", "12.0"]
+    fitted, best = re.findall(r"(?:descent|one go) +([-\d.]+) +([-\d.]+)", done.stdout)
+    np.testing.assert_allclose(np.float64(fitted), np.float64(best), atol=1e-3)
+    np.testing.assert_allclose(np.float64(best), [3, -2], atol=0.15)
+
+
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        hello.main(["--device", "abacus"])
+    assert stop.value.code == 2
+    assert "'abacus' can't be used here" in capsys.readouterr().err
