@@ -1,0 +1,375 @@
+import gzip
+import importlib
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+fashion = importlib.import_module("fashion-mnist")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Pack bytes in the IDX format."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return fashion.load(fashion.SAMPLE, train=True)
+
+
+@pytest.fixture
+def folder(tmp_path, sample):
+    """A data set of 1,200 and 300 pictures, one file of it not gzipped."""
+    images, labels = (tensor.numpy() for tensor in sample)
+    folder = tmp_path / "small data"
+    folder.mkdir()
+    for name, part in (("train", slice(1200)), ("t10k", slice(1200, 1500))):
+        packed = gzip.compress(idx(images[part]))
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(packed)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels[part]))
+    return folder
+
+
+def test_the_sample_is_stratified():
+    for train, per_class in ((True, 1000), (False, 200)):
+        images, labels = fashion.load(fashion.SAMPLE, train)
+        assert images.shape == (10 * per_class, 28, 28)
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        assert labels.bincount().tolist() == [per_class] * len(fashion.CLASSES)
+
+
+def test_the_sample_is_at_most_8_megabytes():
+    assert sum(file.stat().st_size for file in fashion.SAMPLE.iterdir()) <= 8e6
+
+
+@pytest.mark.skipif(not fashion.DEBIAN.is_dir(), reason="the whole data set is not installed")
+def test_the_sample_is_drawn_from_the_whole_set_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(fashion.SAMPLE)
+    importlib.import_module("draw").draw(fashion.DEBIAN, tmp_path, "t10k", 200)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (fashion.SAMPLE / file.name).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_load_reads_gzipped_and_plain_files(folder, sample):
+    images, labels = fashion.load(folder, train=False)
+    assert torch.equal(images, sample[0][1200:1500])
+    assert torch.equal(labels, sample[1][1200:1500])
+
+
+def images_file(folder):
+    return folder / "train-images-idx3-ubyte.gz"
+
+
+def labels_file(folder):
+    return folder / "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (images_file, b"", "is broken"),
+        (labels_file, b"", "is broken"),
+        (images_file, gzip.compress(idx(np.zeros((1200, 28, 28))))[:-9], "is broken"),
+        (images_file, b"a page that says 404", "is broken"),
+        (images_file, gzip.compress(b"a page that says 404"), "is no IDX file of bytes|is broken"),
+        (labels_file, idx(np.zeros(1200))[:-1], "1199 bytes of data where"),
+        (labels_file, idx(np.zeros(1200)) + b"\0", "1201 bytes of data where"),
+        (labels_file, b"\0\0\x0d\x01" + idx(np.zeros(1200))[4:], "is no IDX file of bytes"),
+        (labels_file, idx(np.zeros(0)), "0 bytes of data where"),
+        (labels_file, idx(np.zeros(1199)), "labels of shape"),
+        (labels_file, idx(np.full(1200, 10)), "up to 10"),
+        (images_file, gzip.compress(idx(np.zeros((1200, 32, 32)))), "pictures of shape"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value)[:20],
+)
+def test_a_broken_file_is_named(folder, file, content, message):
+    file(folder).write_bytes(content)
+    with pytest.raises(fashion.BrokenFile, match=message) as caught:
+        fashion.load(folder, train=True)
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_named(folder):
+    labels_file(folder).unlink()
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
+        fashion.load(folder, train=True)
+
+
+@pytest.fixture
+def nothing_installed(tmp_path, monkeypatch):
+    def no_network(folder):
+        raise OSError("no network")
+
+    monkeypatch.setattr(fashion, "RAW", tmp_path / "raw")
+    monkeypatch.setattr(fashion, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(fashion, "download", no_network)
+
+
+def test_the_sample_is_taken_when_there_is_nothing_else(nothing_installed):
+    folder, train, test, problems = fashion.find_data()
+    assert (folder, len(train[0]), len(test[0])) == (fashion.SAMPLE, 10_000, 2_000)
+    assert problems == ["download: no network"]
+
+
+def test_a_broken_copy_is_passed_over(nothing_installed, folder, monkeypatch):
+    fashion.RAW.mkdir()
+    for file in folder.iterdir():
+        (fashion.RAW / file.name).write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(fashion, "DEBIAN", folder)
+    found, train, _, problems = fashion.find_data()
+    assert (found, len(train[0])) == (folder, 1200)
+    assert len(problems) == 1
+    assert str(fashion.RAW) in problems[0]
+
+
+def fake_torchvision(tmp_path, monkeypatch, body):
+    (tmp_path / "torchvision.py").write_text(
+        "import pathlib, sys, time\n"
+        "class datasets:\n"
+        "    def FashionMNIST(root, download):\n"
+        f"        {body}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_download_lands_whole(tmp_path, monkeypatch):
+    fake_torchvision(
+        tmp_path,
+        monkeypatch,
+        "raw = pathlib.Path(root, 'FashionMNIST/raw'); raw.mkdir(parents=True); "
+        "(raw / 'file').write_text('all')",
+    )
+    fashion.download(tmp_path / "raw")
+    assert [file.name for file in (tmp_path / "raw").iterdir()] == ["file"]
+
+
+def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
+    fake_torchvision(tmp_path, monkeypatch, "time.sleep(60)")
+    with pytest.raises(TimeoutError, match="after 1 s"):
+        fashion.download(tmp_path / "raw", seconds=1)
+    assert list((tmp_path / "raw").iterdir()) == []
+
+
+def test_a_download_that_fails_says_why(tmp_path, monkeypatch):
+    fake_torchvision(tmp_path, monkeypatch, "raise RuntimeError('the server is gone')")
+    with pytest.raises(OSError, match="the server is gone"):
+        fashion.download(tmp_path / "raw")
+
+
+def test_the_network_has_the_shapes_and_the_parameters_it_says():
+    model = fashion.FeedForward(width=512)
+    assert model(torch.zeros(7, 28, 28, dtype=torch.uint8)).shape == (7, 10)
+    hidden = (784 * 512 + 2 * 512) + (512 * 512 + 2 * 512)
+    assert sum(p.numel() for p in model.parameters()) == hidden + 512 * 10 + 10
+
+
+def test_the_network_computes_what_numpy_computes(sample):
+    torch.manual_seed(0)
+    model = fashion.FeedForward(width=32)
+    fashion.train_epoch(model, *(t[:500] for t in sample), torch.optim.SGD(model.parameters(), 0.1))
+    model.double().eval()
+    p = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    x = (sample[0][:20].numpy().reshape(20, 784) - 255 * 0.286) / (255 * 0.353)
+    for linear, norm in (("layers.1", "layers.2"), ("layers.4", "layers.5")):
+        x = x @ p[f"{linear}.weight"].T
+        x = (x - p[f"{norm}.running_mean"]) / np.sqrt(p[f"{norm}.running_var"] + 1e-5)
+        x = x * p[f"{norm}.weight"] + p[f"{norm}.bias"]
+        x = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+    expected = x @ p["layers.7.weight"].T + p["layers.7.bias"]
+    with torch.no_grad():
+        found = model(sample[0][:20].double()).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_pixels_come_out_with_mean_0_and_deviation_1(sample):
+    pixels = (sample[0] - fashion.MEAN) / fashion.STD
+    assert abs(pixels.mean().item()) < 0.01
+    assert abs(pixels.std().item() - 1) < 0.01
+
+
+class Recorder(nn.Module):
+    """Remembers which pictures it saw, by their first pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(10))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images[:, 0, 0].long() * 256 + images[:, 0, 1])
+        return self.weight.expand(len(images), 10)
+
+
+def test_every_picture_is_seen_once_an_epoch_in_a_new_order():
+    images = torch.zeros(1003, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0] = torch.arange(1003) // 256
+    images[:, 0, 1] = torch.arange(1003) % 256
+    labels = torch.zeros(1003, dtype=torch.int64)
+
+    def epochs(seed):
+        torch.manual_seed(seed)
+        model = Recorder()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(2):
+            fashion.train_epoch(model, images, labels, optimizer, batch_size=100)
+        assert {len(batch) for batch in model.seen} == {100, 101}
+        return torch.cat(model.seen).view(2, 1003)
+
+    first, second = epochs(seed=0)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(1003))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, torch.arange(1003))
+    assert torch.equal(epochs(seed=0)[1], second)
+    assert not torch.equal(epochs(seed=1)[1], second)
+
+
+def test_training_lowers_the_loss_on_the_same_pictures(sample):
+    torch.manual_seed(0)
+    images, labels = (tensor[:500] for tensor in sample)
+    model = fashion.FeedForward(width=64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = [
+        fashion.train_epoch(model, images, labels, optimizer, batch_size=50) for _ in range(4)
+    ]
+    assert sorted(losses, reverse=True) == losses
+    assert fashion.evaluate(model, images, labels)[1] > 0.8
+
+
+def test_the_mean_loss_is_that_of_each_picture():
+    torch.manual_seed(0)
+    model = Recorder()
+    labels = torch.randint(10, (103,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    images = torch.zeros(103, 28, 28, dtype=torch.uint8)
+    loss = fashion.train_epoch(model, images, labels, optimizer, batch_size=10)
+    assert loss == pytest.approx(math.log(10))
+
+
+def test_a_loss_that_is_no_number_stops_the_training(sample):
+    model = fashion.FeedForward(width=8)
+    nn.init.constant_(model.layers[-1].bias, math.nan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match=r"nan.*--lr"):
+        fashion.train_epoch(model, *(t[:100] for t in sample), optimizer)
+
+
+def test_evaluate_agrees_with_numpy_and_changes_nothing(sample):
+    torch.manual_seed(0)
+    images, labels = (tensor[:300] for tensor in sample)
+    model = fashion.FeedForward(width=16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss, accuracy = fashion.evaluate(model, images, labels)
+    logits = fashion.predict(model, images).double().numpy()
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert loss == pytest.approx(-log_p[np.arange(300), labels].mean(), rel=1e-5)
+    assert accuracy == (logits.argmax(axis=1) == labels.numpy()).mean()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_confusion_matrix_counts_labels_by_rows():
+    labels = torch.tensor([0, 0, 9, 3, 3, 3])
+    guesses = torch.tensor([0, 1, 9, 3, 2, 2])
+    expected = torch.zeros(10, 10, dtype=torch.int64)
+    for label, guess in zip(labels, guesses, strict=True):
+        expected[label, guess] += 1
+    assert torch.equal(fashion.confusion_matrix(guesses, labels), expected)
+
+
+def test_a_write_that_fails_keeps_the_old_file(tmp_path):
+    file = tmp_path / "model"
+    fashion.write(file, b"old")
+    (tmp_path / "model.part").mkdir()
+    with pytest.raises(OSError):
+        fashion.write(file, b"new")
+    assert file.read_bytes() == b"old"
+
+
+def test_it_runs_end_to_end_and_saves_what_it_says(run_script, folder, tmp_path):
+    done = run_script(
+        "fashion-mnist.py", "--data", folder, "--epochs", 2, "--batch-size", 50, "--device", "cpu",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == f"Data: {folder}"
+    assert "1,100 pictures to learn from" in done.stdout
+    for name in fashion.CLASSES:
+        assert re.search(rf"^{re.escape(name)} +[\d.]+% +[\d.]+%", done.stdout, re.MULTILINE)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert [row["epoch"] for row in metrics["epochs"]] == [1, 2]
+    assert f"accuracy {metrics['test_accuracy']:.2%} of 300 pictures" in done.stdout
+
+    model = fashion.FeedForward()
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "out/model.safetensors"))
+    test = fashion.load(folder, train=False)
+    assert fashion.evaluate(model, *test)[1] == metrics["test_accuracy"] > 0.3
+
+
+def test_the_same_seed_gives_the_same_weights(folder, tmp_path, capsys):
+    def weights(out, seed):
+        arguments = ["--data", str(folder), "--epochs", "1", "--batch-size", "100"]
+        arguments += ["--seed", str(seed), "--device", "cpu", "--out", str(tmp_path / out)]
+        assert fashion.main(arguments) == 0
+        return (tmp_path / out / "model.safetensors").read_bytes()
+
+    assert weights("a", 3) == weights("b", 3) != weights("c", 4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--batch-size", "1"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--seed", "-1"],
+        ["--device", "abacus"],
+        ["--data", "no/such/folder"],
+        ["--epochs", "many"],
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fashion.main(arguments)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_broken_data_ends_in_one_line_and_status_1(folder, tmp_path, capsys):
+    labels_file(folder).write_bytes(b"")
+    assert fashion.main(["--data", str(folder), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert str(labels_file(folder)) in error
+
+
+def test_ctrl_c_ends_with_130_and_keeps_the_saved_model(folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fashion, "train_epoch", interrupted)
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    assert fashion.main(["--data", str(folder), "--out", str(tmp_path)]) == 130
+    assert (tmp_path / "model.safetensors").read_bytes() == b"old"
+
+
+@pytest.mark.gpu
+def test_it_computes_the_same_on_an_accelerator(sample):
+    torch.manual_seed(0)
+    model = fashion.FeedForward()
+    expected = fashion.predict(model, sample[0][:500])
+    device = torch.accelerator.current_accelerator()
+    found = fashion.predict(model.to(device), sample[0][:500].to(device)).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert F.cross_entropy(found, sample[1][:500]).isfinite()
