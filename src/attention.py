@@ -270,7 +270,7 @@ def draw_attention(weights: Tensor, digits: str) -> bytes:
     figure = Figure(figsize=(4 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), squeeze=False)[0]
     for head, (axes, picture) in enumerate(zip(panels, weights, strict=True), start=1):
-        axes.imshow(picture, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(picture.numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.set(title=f"head {head}", xlabel="looks at", ylabel="position")
         axes.set_xticks(range(len(digits)), digits)
         axes.set_yticks(range(len(digits)), digits)
