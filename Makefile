@@ -16,6 +16,7 @@ help:
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
 	@echo 'make lint       set up, then check style and format'
+	@echo 'make bench      set up, then measure this beside its peers'
 	@echo 'make clean      remove what was set up; the data and the results stay'
 	@echo 'Each takes PYTHON=python3.13 or the like; the default is python3.'
 
@@ -35,6 +36,9 @@ lint: $(VENV_READY)
 	$(POETRY) run ruff check
 	$(POETRY) run ruff format --check
 
+bench: $(VENV_READY)
+	for file in benchmarks/*.py; do $(POETRY) run "$$file" || exit; done
+
 clean:
 	rm -rf .poetry .venv
 
@@ -44,20 +48,22 @@ INDEX := from pip._internal.commands import create_command as c; \
 	print(c("install").parser.get_default_values().index_url)
 
 $(POETRY_READY):
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer, please: make PYTHON=python3.13")'
-	"$(PYTHON)" -m venv --clear .poetry
-	.poetry/bin/python -m pip install --quiet poetry==$(POETRY_VERSION) \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.13")'
+	@echo 'Setting up Poetry $(POETRY_VERSION) in .poetry'
+	@"$(PYTHON)" -m venv --clear .poetry
+	@.poetry/bin/python -m pip install --quiet poetry==$(POETRY_VERSION) \
 		poetry-plugin-pypi-mirror==$(MIRROR_PLUGIN_VERSION)
-	touch $@
+	@touch $@
 
 # While .poetry/installing is there, an installation was cut short, and the next one starts afresh.
 $(VENV_READY): pyproject.toml poetry.lock | $(POETRY_READY)
-	[ ! -e .poetry/installing ] && .venv/bin/python -c \
+	@echo 'Setting up .venv'
+	@[ ! -e .poetry/installing ] && .venv/bin/python -c \
 		'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(PYTHON_VERSION)")' 2>/dev/null \
 		|| { touch .poetry/installing && "$(PYTHON)" -m venv --clear --without-pip .venv; }
-	touch .poetry/installing
-	POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install
-	touch $@
-	rm .poetry/installing
+	@touch .poetry/installing
+	@POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install
+	@touch $@
+	@rm .poetry/installing
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint bench clean
