@@ -7,7 +7,6 @@ reverse sequences of digits, and shows what it looks at. Saves it under runs/att
 """
 
 import argparse
-import io
 import json
 import math
 import sys
@@ -265,8 +264,8 @@ def show_attention(weights: Tensor, digits: str) -> None:
             print(f"       {digit}  " + "".join(" ░▒▓█"[min(4, int(5 * w))] * 2 for w in row))
 
 
-def draw_attention(weights: Tensor, digits: str) -> bytes:
-    """Draw the same as a PNG, with one panel a head and the digits on the axes."""
+def draw_attention(weights: Tensor, digits: str) -> Figure:
+    """Draw the same, with one panel a head and the digits on the axes."""
     figure = Figure(figsize=(4 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), squeeze=False)[0]
     for head, (axes, picture) in enumerate(zip(panels, weights, strict=True), start=1):
@@ -274,16 +273,21 @@ def draw_attention(weights: Tensor, digits: str) -> bytes:
         axes.set(title=f"head {head}", xlabel="looks at", ylabel="position")
         axes.set_xticks(range(len(digits)), digits)
         axes.set_yticks(range(len(digits)), digits)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    return figure
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | Figure) -> None:
     """Write beside and move into place: a crash leaves the old file or the new one, whole."""
     beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        if isinstance(content, Figure):
+            content.savefig(beside, format="png", dpi=120)
+        else:
+            beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error.strerror}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

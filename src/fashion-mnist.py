@@ -245,11 +245,15 @@ def show_picture(picture: Tensor) -> None:
 def write(path: Path, content: bytes | Figure) -> None:
     """Write beside and move into place: a crash leaves the old file or the new one, whole."""
     beside = path.with_name(path.name + ".part")
-    if isinstance(content, Figure):
-        content.savefig(beside, format="png", dpi=120)
-    else:
-        beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        if isinstance(content, Figure):
+            content.savefig(beside, format="png", dpi=120)
+        else:
+            beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error.strerror}") from error
 
 
 def print_photos(path: Path, photos: Sequence[Path]) -> int:

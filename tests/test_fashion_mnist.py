@@ -452,12 +452,14 @@ def test_evaluate_agrees_with_numpy_and_changes_nothing(sample):
         assert torch.equal(tensor, before[name])
 
 
-def test_a_write_that_fails_keeps_the_old_file(tmp_path):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_keeps_the_old_file_and_is_named(tmp_path):
     file = tmp_path / "model"
     fashion.write(file, b"old")
-    (tmp_path / "model.part").mkdir()
-    with pytest.raises(OSError):
+    (tmp_path / "model.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"{file} can't be written: No space left"):
         fashion.write(file, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert file.read_bytes() == b"old"
 
 
