@@ -10,12 +10,12 @@ SCRIPTS = [path.read_text(encoding="utf-8") for path in (ROOT / "src").glob("*.p
 COMMANDS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("code", sorted(set(re.findall(r"```python\n(.*?)```", README, re.DOTALL))))
 def test_quoted_code_stands_in_a_script(code):
     assert any(code in script for script in SCRIPTS)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", README))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
 def test_a_link_leads_to_a_file(target):
     assert (ROOT / target).is_file()
 
