@@ -264,8 +264,9 @@ def print_photos(path: Path, photos: Sequence[Path]) -> int:
     model, status = FeedForward(), 0
     try:
         model.load_state_dict(safetensors.torch.load(path.read_bytes()))
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} is no such network: {str(error).splitlines()[0]}") from error
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"no network of this script, train one first: {path}: {reason}") from error
     for photo in photos:
         try:
             with Image.open(photo) as image:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The bare minimum of PyTorch: a tensor, a derivative, a line fitted by gradient descent.
 
-Run `poetry run src/pytorch-hello.py`; it prints 15 lines in a second beyond `import torch`.
+Run `poetry run src/pytorch-hello.py`. Nearly all of its time goes into importing PyTorch.
 """
 
 import argparse
