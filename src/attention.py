@@ -296,12 +296,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    out = ROOT / "runs/attention"
     parser.add_argument("--steps", type=int, default=500, help="batches to train on")
     parser.add_argument("--batch-size", type=int, default=128, help="sequences a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/attention", help="for the results")
+    parser.add_argument("--out", type=Path, default=out, help="folder for the results")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.batch_size < 1 or not 0 < args.lr < math.inf or args.seed < 0:
         parser.error("--steps and --batch-size from 1, --lr above 0, --seed from 0, please")

@@ -60,7 +60,7 @@ def read_idx(path: Path, *size: int) -> Tensor:
 
 
 def load(folder: Path, train: bool) -> Split:
-    """Read the training or the test pictures. Raises OSError if a file is not there or whole."""
+    """Read images (N, 28, 28) uint8 and labels (N,) int64. Raises OSError if they aren't whole."""
     name = "train" if train else "t10k"
     images = read_idx(folder / f"{name}-images-idx3-ubyte", 28, 28)
     labels = read_idx(folder / f"{name}-labels-idx1-ubyte")
@@ -284,10 +284,12 @@ def print_photos(path: Path, photos: Sequence[Path]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, report and save, or name what photos show; return the exit status."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     out = ROOT / "runs/fashion-mnist"
-    parser.add_argument("--data", type=Path, help="folder with the four files, if not to be found")
+    parser.add_argument("--data", type=Path, help="folder of the four files; else looked for")
     parser.add_argument("--sample", action="store_true", help="use the bundled sample")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the pictures")
     parser.add_argument("--batch-size", type=int, default=500, help="pictures a step")
@@ -295,7 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--device", default=device, help="where to compute")
     parser.add_argument("--out", type=Path, default=out, help="folder for the results")
-    parser.add_argument("--predict", type=Path, nargs="+", metavar="PICTURE", help="name photos")
+    parser.add_argument(
+        "--predict", type=Path, nargs="+", metavar="PICTURE", help="only name photos"
+    )
     args = parser.parse_args(argv)
     if args.epochs < 1 or args.batch_size < 2 or not 0 < args.lr < math.inf or args.seed < 0:
         parser.error("--epochs from 1, --batch-size from 2, --lr above 0, --seed from 0, please")
