@@ -304,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=device, help="where to compute")
     parser.add_argument("--out", type=Path, default=out, help="folder for the results")
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.batch_size < 1 or not 0 < args.lr < math.inf or args.seed < 0:
+    numbers_fit = args.steps >= 1 and args.batch_size >= 1 and 0 < args.lr < math.inf
+    if not numbers_fit or not 0 <= args.seed < 2**63:
         parser.error("--steps and --batch-size from 1, --lr above 0, --seed from 0, please")
     try:
         torch.zeros(1, device=args.device).item()

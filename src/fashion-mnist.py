@@ -301,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--predict", type=Path, nargs="+", metavar="PICTURE", help="only name photos"
     )
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.batch_size < 2 or not 0 < args.lr < math.inf or args.seed < 0:
+    numbers_fit = args.epochs >= 1 and args.batch_size >= 2 and 0 < args.lr < math.inf
+    if not numbers_fit or not 0 <= args.seed < 2**63:
         parser.error("--epochs from 1, --batch-size from 2, --lr above 0, --seed from 0, please")
     if args.data and not args.data.is_dir():
         parser.error(f"argument --data: there is no folder {args.data}")
@@ -329,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = FeedForward().to(args.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
         steps = args.epochs * max(1, kept // args.batch_size)
+        steps = max(6, steps)  # with 5, a fifth of them for the rise, OneCycleLR divides by zero
         schedule = OneCycleLR(
             optimizer, args.lr, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
         )

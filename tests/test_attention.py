@@ -347,7 +347,13 @@ def test_the_printed_matrices_follow_the_formula(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--steps", "0"], ["--lr", "0"], ["--batch-size", "0"], ["--device", "abacus"]],
+    [
+        ["--steps", "0"],
+        ["--lr", "0"],
+        ["--batch-size", "0"],
+        ["--seed", str(2**63)],
+        ["--device", "abacus"],
+    ],
 )
 def test_a_value_that_makes_no_sense_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -491,6 +491,12 @@ def test_it_runs_end_to_end_and_saves_what_it_says(run_script, folder, tmp_path)
         assert re.search(line, done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_a_run_of_few_steps_ends_well(folder, tmp_path, capsys, epochs):
+    arguments = ["--data", str(folder), "--epochs", str(epochs), "--batch-size", "1100"]
+    assert fashion.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+
+
 def test_the_same_seed_gives_the_same_weights(folder, tmp_path, capsys):
     def weights(out, seed):
         arguments = ["--data", str(folder), "--epochs", "1", "--batch-size", "100"]
@@ -510,6 +516,7 @@ def test_the_same_seed_gives_the_same_weights(folder, tmp_path, capsys):
         ["--lr", "nan"],
         ["--lr", "inf"],
         ["--seed", "-1"],
+        ["--seed", str(2**63)],
         ["--device", "abacus"],
         ["--data", "no/such/folder"],
         ["--epochs", "many"],
