@@ -207,13 +207,13 @@ def test_a_file_is_read_right_or_refused(edits, start, stop, tail, whole, zipped
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A network trained for a few epochs on the sample, and saved."""
+    """A network trained for two epochs on the sample, and saved."""
     torch.manual_seed(0)
     images, labels = fashion.load(fashion.SAMPLE, train=True)
     model = fashion.FeedForward()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(3):
-        fashion.train_epoch(model, images, labels, optimizer, batch_size=100)
+    for _ in range(2):
+        fashion.train_epoch(model, images, labels, optimizer, batch_size=200)
     out = tmp_path_factory.mktemp("trained")
     fashion.write(out / "model.safetensors", safetensors.torch.save(model.state_dict()))
     return model, out
