@@ -118,11 +118,32 @@ class MultiHeadAttention(nn.Module):
         Returns the output (B, T, d_model) and, if they are asked for, the weights (B, H, T, S).
         """
         if query is key and key is value:
-            Q, K, V = self.W_qkv(query).chunk(3, dim=-1)
+            Q, K, V = self.project(query, 0, 3)
         else:
-            W_q, W_k, W_v = self.W_qkv.weight.chunk(3)
-            Q, K, V = F.linear(query, W_q), F.linear(key, W_k), F.linear(value, W_v)
-        Q, K, V = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (Q, K, V))
+            (Q,), (K,), (V,) = (
+                self.project(x, i, i + 1) for i, x in enumerate((query, key, value))
+            )
+        return self.attend(Q, K, V, mask, need_weights)
+
+    def project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Multiply x (B, T, d_model) by W_q, W_k and W_v, or those from `first` up to `last`.
+
+        Returns Q, K and V of all heads, or those of them, in one tensor (3, B, H, T, d_k).
+        """
+        W = self.W_qkv.weight[first * x.shape[-1] : last * x.shape[-1]]
+        return (
+            F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1)).movedim((2, 3), (0, 2))
+        )
+
+    def attend(
+        self,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do what `forward` does, from Q (B, H, T, d_k), K and V (B, H, S, d_k)."""
         if mask is not None:
             mask = mask.unsqueeze(-3)  # (B, T, S) -> (B, 1, T, S)
         check_shapes(Q, K, V, mask)
