@@ -1,0 +1,772 @@
+#!/usr/bin/env python3
+"""The whole Transformer learns to read dates in many languages, or to translate your own text.
+
+Run `poetry run src/transformer.py`. It is the network of Vaswani et al. 2017, "Attention Is All You
+Need" (arXiv 1706.03762), on the attention of attention.py; sections in brackets are the paper's. It
+reads `12 de octubre de 1968` as `1968-10-12`; with `--data DIR --from de --to en` it learns from
+train.de, train.en and so on instead. Results go to runs/transformer/, where `--translate "12 mars
+2021"` finds them and `--resume` goes on. Several machines: `poetry run torchrun src/transformer.py`.
+"""
+
+import argparse
+import datetime
+import functools
+import gzip
+import io
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from babel.dates import format_date, get_date_format
+from matplotlib.figure import Figure
+from sacrebleu.metrics import BLEU
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from attention import MultiHeadAttention, causal_mask, positional_encoding, write
+
+ROOT = Path(__file__).resolve().parent.parent
+PAD, BOS, EOS = range(3)  # what no text holds: padding, beginning and end of a sequence
+MAX_LENGTH = 256  # tokens in a sequence, with its end
+LANGUAGES = (
+    "ar", "bg", "cs", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "hu",
+    "it", "ja", "ka", "ko", "nl", "pl", "pt", "ru", "sv", "th", "tr", "uk", "zh",
+)  # fmt: skip
+FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
+TEST_DAYS, VALIDATION_DAYS = 5000, 1000  # on which no training date falls, in any language
+
+Pair = tuple[str, str]  # source and target
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes the network and its training. These are for dates."""
+
+    d_model: int = 64
+    num_heads: int = 4
+    num_layers: int = 2
+    d_ff: int = 256
+    dropout: float = 0.0
+    norm_first: bool = False
+    vocab_size: int = 2000  # at most
+    batch_tokens: int = 8192  # of source and target, with padding
+    warmup: int = 400  # steps
+    epochs: int = 8
+    epoch_dates: int = 50_000  # that are drawn anew in each
+
+
+TEXT = Settings(d_model=256, num_layers=3, d_ff=512, dropout=0.3, vocab_size=8000, epochs=20)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pairs to learn from in each epoch, to validate on, and to test on by name."""
+
+    train: Callable[[int], list[Pair]]
+    validation: list[Pair]
+    tests: dict[str, list[Pair]]
+    skipped: int = 0  # pairs with an empty side
+
+
+@dataclass
+class Progress:
+    """Where a training stands. All that is random follows from this."""
+
+    seed: int
+    epoch: int = 0
+    batch: int = 0  # of the epoch, that comes next
+    step: int = 0
+    loss: float = 0.0  # summed over the tokens of the epoch
+    count: int = 0  # of these tokens
+    best: float = math.inf
+    rows: list[list[float]] = field(default_factory=list)  # epoch, losses, seconds
+
+
+@functools.cache
+def date_forms(language: str) -> list[str]:
+    """Give the medium, long and full pattern of Unicode's CLDR that can be read in one way only.
+
+    A date with slashes can't, for 1/2/1968 is two days, unless it begins with the year.
+    """
+    forms = [get_date_format(form, language).pattern for form in ("medium", "long", "full")]
+    return [form for form in forms if form.startswith("y") or "/" not in form]
+
+
+def draw_dates(days: Sequence[int], languages: Sequence[str], random: Random) -> list[Pair]:
+    """Write days, counted from FIRST_DAY, as people do in the language that goes with each."""
+    pairs = []
+    for day, language in zip(days, languages, strict=True):
+        date, form = FIRST_DAY + datetime.timedelta(days=day), random.choice(date_forms(language))
+        pairs.append((format_date(date, form, language), date.isoformat()))
+    return pairs
+
+
+def date_corpus(settings: Settings, seed: int) -> Corpus:
+    """Split the days, so that the network has seen none of those that it is tested on."""
+    days = Random(0).sample(range(DAYS), DAYS)
+    tests, days = days[:TEST_DAYS], days[TEST_DAYS:]
+    validation, days = days[:VALIDATION_DAYS], days[VALIDATION_DAYS:]
+
+    def draw(days: Sequence[int], random: Random) -> list[Pair]:
+        return draw_dates(days, random.choices(LANGUAGES, k=len(days)), random)
+
+    def train(epoch: int) -> list[Pair]:
+        random = Random(f"{seed} {epoch}")
+        return draw(random.choices(days, k=settings.epoch_dates), random)
+
+    tests_of = {language: tests[i :: len(LANGUAGES)] for i, language in enumerate(LANGUAGES)}
+    return Corpus(
+        train,
+        draw(validation, Random(1)),
+        {name: draw_dates(days, [name] * len(days), Random(2)) for name, days in tests_of.items()},
+    )
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of `path` or `path`.gz, UTF-8. Raises OSError if that can't be done."""
+    zipped = path.with_name(path.name + ".gz")
+    path = zipped if zipped.exists() else path
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path is zipped else path.read_bytes()
+        return raw.decode("utf-8").removesuffix("\n").split("\n")
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, zlib.error) as error:
+        raise OSError(f"{path} is broken: {error}") from error
+
+
+def read_pairs(folder: Path, split: str, languages: Sequence[str]) -> list[Pair]:
+    """Read a split, one sentence a line. Raises OSError if its two files don't go together."""
+    source, target = (read_lines(folder / f"{split}.{language}") for language in languages)
+    if len(source) != len(target):
+        names = " and ".join(f"{split}.{language}" for language in languages)
+        raise OSError(f"{folder}: {names} have {len(source)} and {len(target)} lines")
+    return list(zip(source, target, strict=True))
+
+
+def text_corpus(folder: Path, languages: Sequence[str]) -> Corpus:
+    """Read train.*, val.* and every test*.* of two languages. Raises OSError if that can't be done."""
+    train, validation = (read_pairs(folder, split, languages) for split in ("train", "val"))
+    whole = [pair for pair in train if pair[0].strip() and pair[1].strip()]
+    found = (path.name.removesuffix(".gz") for path in folder.glob(f"test*.{languages[0]}*"))
+    names = sorted({name.removesuffix(f".{languages[0]}") for name in found})
+    if not names or not whole or not validation:
+        raise OSError(f"{folder} needs sentences in train.*, val.* and test*.*")
+    tests = {name: read_pairs(folder, name, languages) for name in names}
+    return Corpus(lambda epoch: whole, validation, tests, len(train) - len(whole))
+
+
+@dataclass
+class Cache:
+    """Keys and values (2, B, H, T, d_k) that a layer of the decoder need not compute again."""
+
+    target: Tensor | None = None  # of the tokens so far
+    memory: Tensor | None = None
+
+
+class AddNorm(nn.Module):
+    """LayerNorm(x + dropout(sublayer(x))), sections 3.1 and 5.4; or the norm goes first.
+
+    x + dropout(sublayer(LayerNorm(x))) is easier to train when deep (Xiong et al. 2020).
+    """
+
+    def __init__(self, d_model: int, dropout: float, norm_first: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.norm_first = norm_first
+
+    def before(self, x: Tensor) -> Tensor:
+        """Give what the sublayer gets of x (B, T, d_model)."""
+        return self.norm(x) if self.norm_first else x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Give the sum of x and what the sublayer made of it, y."""
+        x = x + self.dropout(y)
+        return x if self.norm_first else self.norm(x)
+
+
+class FeedForward(nn.Sequential):
+    """max(0, xW₁ + b₁)W₂ + b₂ for each position alone, section 3.3."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, section 3.1."""
+
+    def __init__(
+        self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm_first: bool
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.norms = nn.ModuleList(AddNorm(d_model, dropout, norm_first) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Give x (B, S, d_model) after the layer; the mask broadcasts to (B, S, S)."""
+        h = self.norms[0].before(x)
+        x = self.norms[0].after(x, self.self_attention(h, h, h, mask)[0])
+        return self.norms[1].after(x, self.feed_forward(self.norms[1].before(x)))
+
+
+class DecoderLayer(nn.Module):
+    """The same with attention to the memory, which is what the encoder gave, in between."""
+
+    def __init__(
+        self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm_first: bool
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, num_heads)
+        self.cross_attention = MultiHeadAttention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.norms = nn.ModuleList(AddNorm(d_model, dropout, norm_first) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, cache: Cache,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Give x (B, T, d_model) after the layer, and the weights (B, H, T, S) to the memory."""
+        QKV = self.self_attention.project(self.norms[0].before(x), 0, 3)
+        Q, KV = QKV[0], QKV[1:]
+        cache.target = KV if cache.target is None else torch.cat((cache.target, KV), dim=-2)
+        x = self.norms[0].after(x, self.self_attention.attend(Q, *cache.target, mask)[0])
+
+        (Q,) = self.cross_attention.project(self.norms[1].before(x), 0, 1)
+        if cache.memory is None:
+            cache.memory = self.cross_attention.project(memory, 1, 3)
+        attend = self.cross_attention.attend
+        attended, weights = attend(Q, *cache.memory, memory_mask, need_weights)
+        x = self.norms[1].after(x, attended)
+        return self.norms[2].after(x, self.feed_forward(self.norms[2].before(x))), weights
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder of section 3, for sequences of up to MAX_LENGTH tokens; 0 is padding.
+
+    Source, target and output share one embedding (3.4). It starts at 1/√d_model, so that multiplied
+    by √d_model it is as large as the positions, and the first logits have a variance of about 1.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, num_heads: int, num_layers: int, d_ff: int,
+        dropout: float, norm_first: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        layer = (d_model, num_heads, d_ff, dropout, norm_first)
+        self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(num_layers))
+        norms = [nn.LayerNorm(d_model) if norm_first else nn.Identity() for _ in range(2)]
+        self.encoder_norm, self.decoder_norm = norms  # a sum that no norm has come after
+        self.register_buffer("positions", positional_encoding(MAX_LENGTH, d_model), False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Give embeddings with positions from `start` on, 3.4 and 3.5: (B, T) -> (B, T, d_model).
+
+        Raises ValueError if there are more than MAX_LENGTH.
+        """
+        end = start + tokens.shape[1]
+        if end > MAX_LENGTH:
+            raise ValueError(f"{end} tokens are more than {MAX_LENGTH}")
+        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
+        return self.dropout(x + self.positions[start:end])
+
+    def encode(self, source: Tensor) -> Tensor:
+        """Give the memory (B, S, d_model) of the source (B, S)."""
+        x, mask = self.embed(source), (source != PAD).unsqueeze(1)  # (B, 1, S)
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return self.encoder_norm(x)
+
+    def decode(
+        self, target: Tensor, memory: Tensor, source: Tensor, caches: Sequence[Cache] | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Give the logits (B, T, V) of the token after each one of the target (B, T).
+
+        With caches, one a layer, the target goes on from where they end, and they grow. The last
+        layer's weights (B, H, T, S) come with them if they are asked for. The target needs no mask
+        for padding: it stands at the end, where the causal mask hides it.
+        """
+        caches = caches or [Cache() for _ in self.decoder]
+        start = 0 if caches[0].target is None else caches[0].target.shape[-2]
+        mask = causal_mask(start + target.shape[1], target.device)[start:]
+        memory_mask = (source != PAD).unsqueeze(1)  # (B, 1, S)
+        x = self.embed(target, start)
+        for layer, cache in zip(self.decoder, caches, strict=True):
+            x, weights = layer(x, mask, memory, memory_mask, cache, need_weights)
+        return F.linear(self.decoder_norm(x), self.embedding.weight), weights
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Give the logits (B, T, V) of the token after each one of the target (B, T)."""
+        return self.decode(target, self.encode(source), source)[0]
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int, words: bool) -> Tokenizer:
+    """Learn byte-pair encoding (Sennrich et al. 2016) within words, or just whole characters.
+
+    It starts from bytes, so that every text can be encoded and comes back as it was.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    apart = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = in_bytes if words else pre_tokenizers.Sequence([apart, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return open_tokenizer(tokenizer.to_str())
+
+
+def open_tokenizer(text: str) -> Tokenizer:
+    """Make a tokenizer that takes `<s>` in a text for what it is: three characters."""
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[tuple[Ids, Ids]]:
+    """Give the tokens of source and target, which end in EOS; the target begins with BOS."""
+    sources, targets = (tokenizer.encode_batch_fast(side) for side in zip(*pairs, strict=True))
+    both = zip(sources, targets, strict=True)
+    return [([*source.ids, EOS], [BOS, *target.ids, EOS]) for source, target in both]
+
+
+def make_batches(pairs: Sequence[tuple[Ids, Ids]], tokens: int, random: Random) -> list[Ids]:
+    """Group the indices of pairs of like length, so that a batch has `tokens` with its padding."""
+    size = [len(source) + len(target) for source, target in pairs]
+    batches = [[]]
+    for i in sorted(range(len(pairs)), key=lambda i: (size[i], random.random())):
+        if batches[-1] and (len(batches[-1]) + 1) * size[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    random.shuffle(batches)
+    return batches
+
+
+def pad(sequences: Iterable[Ids], device: torch.device) -> Tensor:
+    """Make a tensor (B, T) of sequences, with PAD after their end."""
+    rows = [torch.tensor(ids) for ids in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=PAD).to(device)
+
+
+def rate(step: int, d_model: int, warmup: int) -> float:
+    """Give the learning rate of a step, from 1 on: equation 3 in section 5.3."""
+    return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
+
+
+def train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, pairs: Sequence[tuple[Ids, Ids]],
+    settings: Settings, progress: Progress, interrupted: threading.Event,
+) -> bool:  # fmt: skip
+    """Train on an epoch from progress.batch on; return False if it was interrupted before the end.
+
+    Each of several processes does its share of every batch. Raises FloatingPointError if the loss is
+    no longer a finite number.
+    """
+    device = next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    random = Random(f"{progress.seed} {progress.epoch}")
+    batches = make_batches(pairs, settings.batch_tokens, random)
+    model.train()
+    bar = tqdm(batches, initial=progress.batch, leave=False, disable=None if rank == 0 else True)
+    for batch in islice(bar, progress.batch, None):
+        nothing = ([PAD], [PAD, PAD])
+        share = [pairs[i] for i in batch[rank::world]] or [nothing]
+        source, target = (pad(side, device) for side in zip(*share, strict=True))
+        count = sum(len(pairs[i][1]) - 1 for i in batch)
+        torch.manual_seed(hash((progress.seed, progress.step, rank)) % 2**63)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(progress.step + 1, settings.d_model, settings.warmup)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(source, target[:, :-1])
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PAD, reduction="sum",
+                label_smoothing=0.1,
+            ) / count  # fmt: skip
+        optimizer.zero_grad()
+        (loss * world).backward()  # for the gradients are averaged over the processes
+        optimizer.step()
+        if world > 1:
+            dist.all_reduce(loss.detach_())
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss became {loss.item()}; a longer warmup may help")
+        progress.loss += loss.item() * count
+        progress.count += count
+        progress.step += 1
+        progress.batch += 1
+        if interrupted.is_set():
+            return progress.batch == len(batches)
+    return True
+
+
+@torch.inference_mode()
+def evaluate(model: Transformer, pairs: Sequence[tuple[Ids, Ids]], tokens: int) -> float:
+    """Return the mean cross-entropy of the target's tokens, in nats."""
+    device, total, count = model.embedding.weight.device, 0.0, 0
+    model.eval()
+    for batch in make_batches(pairs, tokens, Random(0)):
+        source, target = (pad((pairs[i][side] for i in batch), device) for side in (0, 1))
+        logits, labels = model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten()
+        total += F.cross_entropy(logits, labels, ignore_index=PAD, reduction="sum").item()
+        count += (labels != PAD).sum().item()
+    return total / count
+
+
+@torch.inference_mode()
+def search(
+    model: Transformer, source: Tensor, beam: int, alpha: float = 0.6, use_cache: bool = True
+) -> list[Ids]:
+    """Find the likeliest targets of the source (B, S), without BOS and EOS; beam 1 is greedy.
+
+    Keeps the `beam` best at every step by log P / lp, where lp = ((5 + length) / 6)^alpha, Wu et al.
+    2016, equation 14. A target is at most twice as long as the source, and 20 tokens.
+    """
+    B, limit = len(source), min(2 * source.shape[1] + 20, MAX_LENGTH)
+    first = torch.arange(B, device=source.device).unsqueeze(1) * beam  # row of a source's best
+    memory = model.eval().encode(source).repeat_interleave(beam, dim=0)
+    source = source.repeat_interleave(beam, dim=0)
+    caches = [Cache() for _ in model.decoder] if use_cache else None
+    target = torch.full((B * beam, 1), BOS, device=source.device)
+    score = torch.full((B, beam), -math.inf, device=source.device)
+    score[:, 0] = 0.0  # all are the same now, so that the others must not count
+    length = torch.zeros(B, beam, device=source.device)
+    done = torch.zeros(B, beam, dtype=torch.bool, device=source.device)
+    for _ in range(limit):
+        logits, _ = model.decode(target[:, -1:] if use_cache else target, memory, source, caches)
+        step = logits[:, -1].float().log_softmax(dim=-1).view(B, beam, -1)  # (B, beam, V)
+        step[done] = -math.inf
+        step[..., PAD] = torch.where(done, 0.0, -math.inf)  # nothing but PAD comes after the end
+        length += ~done
+        penalty = ((5 + length) / 6) ** alpha
+        total = score.unsqueeze(-1) + step
+        _, best = (total / penalty.unsqueeze(-1)).flatten(1).topk(beam)
+        score = total.flatten(1).gather(1, best)
+        parent, token = best // step.shape[-1], best % step.shape[-1]
+        done, length = done.gather(1, parent) | (token == EOS), length.gather(1, parent)
+        rows = (first + parent).flatten()
+        target = torch.cat((target[rows], token.view(-1, 1)), dim=1)
+        if done.all():
+            break
+        for cache in caches or ():
+            cache.target = cache.target[:, rows]
+    return [[i for i in ids if i > EOS] for ids in target[::beam].tolist()]
+
+
+def translate(
+    model: Transformer, tokenizer: Tokenizer, lines: Sequence[str], beam: int
+) -> list[str | None]:
+    """Translate lines; an empty one stays empty, and one that is too long becomes None."""
+    ids = [[*encoding.ids, EOS] for encoding in tokenizer.encode_batch_fast(lines)]
+    device = model.embedding.weight.device
+    found = [None if len(line) > MAX_LENGTH else "" for line in ids]
+    order = [i for i in sorted(range(len(ids)), key=lambda i: len(ids[i])) if lines[i].strip()]
+    order = [i for i in order if found[i] is not None]
+    for start in range(0, len(order), 100):
+        rows = order[start : start + 100]
+        targets = search(model, pad((ids[i] for i in rows), device), beam)
+        for i, text in zip(rows, tokenizer.decode_batch(targets), strict=True):
+            found[i] = text
+    return found
+
+
+def draw_losses(rows: Sequence[Sequence[float]]) -> Figure:
+    """Draw the losses by epoch."""
+    epoch, training, validation, _ = zip(*rows, strict=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots(subplot_kw={"xlabel": "epoch", "ylabel": "nats a token"})
+    axes.plot(epoch, training, "o-", epoch, validation, "o-")
+    axes.legend(["training loss, labels smoothed", "validation loss"])
+    return figure
+
+
+@torch.inference_mode()
+def draw_attention(model: Transformer, tokenizer: Tokenizer, text: str, answer: str) -> Figure:
+    """Draw where the last layer looks in the text to write each token: the mean of its heads."""
+    device = model.embedding.weight.device
+    source, target = encode(tokenizer, [(text, answer)])[0]
+    x, y = pad([source], device), pad([target[:-1]], device)
+    _, weights = model.eval().decode(y, model.encode(x), x, need_weights=True)
+    names = [[tokenizer.decode([i]) for i in ids[:-1]] + ["end"] for ids in (source, target[1:])]
+    figure = Figure(figsize=(1 + len(source) / 4, 1 + len(target) / 4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(weights[0].mean(dim=0).cpu().numpy(), cmap="Blues")
+    axes.set_xticks(range(len(names[0])), names[0])
+    axes.set_yticks(range(len(names[1])), names[1])
+    axes.set(xlabel="looks at", ylabel="writes")
+    return figure
+
+
+def make_model(settings: Settings, tokenizer: Tokenizer) -> Transformer:
+    """Make a network with the sizes of the settings. Raises ValueError if they don't fit."""
+    sizes = ("d_model", "num_heads", "num_layers", "d_ff", "dropout", "norm_first")
+    return Transformer(tokenizer.get_vocab_size(), *(getattr(settings, name) for name in sizes))
+
+
+def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Write all that it takes to translate into one file."""
+    about = {"settings": json.dumps(asdict(settings)), "tokenizer": tokenizer.to_str()}
+    write(path, safetensors.torch.save(model.state_dict(), about))
+
+
+def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
+    """Read what `save_model` wrote. Raises OSError if `path` is not such a file."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = file.metadata()
+            tokenizer = open_tokenizer(about["tokenizer"])
+            model = make_model(Settings(**json.loads(about["settings"])), tokenizer)
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except Exception as error:  # a broken file can fail at any of these steps
+        raise OSError(f"no model of this script, train one first: {path}: {error}") from error
+    return model, tokenizer
+
+
+def open_checkpoint(path: Path, run: dict[str, object]) -> dict[str, object]:
+    """Read a checkpoint of the same run. Raises OSError if there is none, or names the difference."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        old = state["run"]
+    except Exception as error:  # likewise
+        raise OSError(f"nothing to resume: {path}: {error}") from error
+    different = [
+        f"{name} {old.get(name)}, not {new}" for name, new in run.items() if old.get(name) != new
+    ]
+    if different:
+        raise OSError(f"{path} is of another run: it has {', '.join(different)}")
+    return state
+
+
+def change(settings: Settings, changes: Sequence[str]) -> Settings:
+    """Change settings, each by `name=value`. Raises ValueError if one makes no sense."""
+    values = asdict(settings)
+    for name, _, text in (change.partition("=") for change in changes):
+        kind = type(values.get(name))
+        value = {"true": True, "false": False}.get(text) if kind is bool else kind(text)
+        if value is None or not (0 <= value < 1 if name == "dropout" else value >= (kind is int)):
+            raise ValueError(f"{name}={text}")
+        values[name] = value
+    return Settings(**values)
+
+
+def print_translations(
+    model: Transformer, tokenizer: Tokenizer, lines: Iterable[str], beam: int
+) -> None:
+    """Print the translation of each line; nothing for one that is too long."""
+    lines, number = iter(lines), 0
+    while chunk := [line.rstrip("\r\n") for line in islice(lines, 1000)]:
+        for text in translate(model, tokenizer, chunk, beam):
+            number += 1
+            if text is None:
+                print(f"line {number} is longer than {MAX_LENGTH} tokens", file=sys.stderr)
+            print(" ".join((text or "").split("\n")), flush=True)
+
+
+def print_dates(tests: dict[str, list[Pair]], found: dict[str, list[str]]) -> dict[str, float]:
+    """Print how many dates were read exactly, and examples, mistakes first; return the shares."""
+    rows = [
+        (guess == answer, language, text, guess, answer)
+        for language, pairs in tests.items()
+        for (text, answer), guess in zip(pairs, found[language], strict=True)
+    ]
+    exact = {"all": sum(row[0] for row in rows) / len(rows)}
+    for language in tests:
+        right = [row[0] for row in rows if row[1] == language]
+        exact[language] = sum(right) / len(right)
+    print(f"\nTest: {exact['all']:.2%} of {len(rows):,} dates, on days never trained on")
+    names = list(tests)
+    for start in range(0, len(names), 9):
+        print("  ".join(f"{name} {exact[name]:6.1%}" for name in names[start : start + 9]))
+    print()
+    for right, language, text, guess, answer in sorted(rows, key=lambda row: row[0])[:8]:
+        print(f"{language}  {guess}  {'' if right else f'not {answer}':14}  {text}")
+    return exact
+
+
+def print_bleu(tests: dict[str, list[Pair]], found: dict[str, list[str]]) -> dict[str, float]:
+    """Print BLEU by sacrebleu (Post 2018) with its signature, and examples; return the scores."""
+    scores = {}
+    for name, pairs in tests.items():
+        sources, answers = zip(*pairs, strict=True)
+        for metric in (BLEU(), BLEU(lowercase=True)):
+            score = metric.corpus_score(found[name], [answers]).score
+            scores[f"{name} {metric.get_signature()}"] = score
+            print(f"{name}: BLEU {score:.2f}  {metric.get_signature()}")
+        for example in list(zip(sources, found[name], answers, strict=True))[:3]:
+            print("\n  {}\n  {}\n  {} (reference)".format(*example))
+    return scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, test and save, or translate; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    out = ROOT / "runs/transformer"
+    parser.add_argument("--data", type=Path, help="folder of parallel text; else dates")
+    parser.add_argument("--from", dest="source", default="de", help="ending of the files to read")
+    parser.add_argument("--to", dest="target", default="en", help="ending of the files to write")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="change Settings, see there"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--device", type=torch.device, default=device, help="where to compute")
+    parser.add_argument("--out", type=Path, default=out, help="folder for the results")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--translate", metavar="TEXT", help="only translate; - reads lines")
+    parser.add_argument("--beam", type=int, default=4, help="translations to keep in view")
+    args = parser.parse_args(argv)
+    if args.beam < 1 or not 0 <= args.seed < 2**63:
+        parser.error("--beam from 1, --seed from 0, please")
+    if args.data and not args.data.is_dir():
+        parser.error(f"argument --data: there is no folder {args.data}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError):
+        parser.error(f"argument --device: {args.device!r} can't be used here")
+    try:
+        settings = change(TEXT if args.data else Settings(), args.set)
+    except (TypeError, ValueError) as error:
+        parser.error(f"argument --set: {error}")
+    started, model_path = time.perf_counter(), args.out / "model.safetensors"
+    interrupted, main_process = threading.Event(), int(os.environ.get("RANK", 0)) == 0
+    try:
+        if args.translate is not None:
+            model, tokenizer = open_model(model_path)
+            lines = sys.stdin if args.translate == "-" else [args.translate]
+            print_translations(model.to(args.device), tokenizer, lines, args.beam)
+            return 0
+
+        args.out.mkdir(parents=True, exist_ok=True)
+        languages = (args.source, args.target)
+        corpus = (
+            text_corpus(args.data, languages) if args.data else date_corpus(settings, args.seed)
+        )
+        run = asdict(settings) | {"seed": args.seed, "data": str(args.data), "languages": languages}
+        checkpoint = args.out / "checkpoint.pt"
+        state = open_checkpoint(checkpoint, run) if args.resume else None
+        if state:
+            tokenizer = open_tokenizer(state["tokenizer"])
+        else:
+            texts = (text for pair in corpus.train(0) for text in pair)
+            tokenizer = make_tokenizer(texts, settings.vocab_size, words=bool(args.data))
+
+        torch.manual_seed(args.seed)
+        model, progress = make_model(settings, tokenizer), Progress(args.seed)
+        if state:
+            model.load_state_dict(state["model"])
+            progress = Progress(**state["progress"])
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group()
+            if args.device.type != "cpu":
+                args.device = torch.device(args.device.type, int(os.environ["LOCAL_RANK"]))
+        model.to(args.device)
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        trained = DistributedDataParallel(model) if dist.is_initialized() else model
+        validation = encode(tokenizer, corpus.validation)
+        handler = (lambda *_: interrupted.set()) if main_process else signal.SIG_IGN
+        previous = signal.signal(signal.SIGINT, handler)
+
+        if main_process:
+            parameters = sum(p.numel() for p in model.parameters())
+            print(f"{parameters:,} parameters, {tokenizer.get_vocab_size():,} tokens")
+            print("epoch  training loss  validation loss  seconds")
+        while progress.epoch < settings.epochs:
+            start = time.perf_counter()
+            pairs = encode(tokenizer, corpus.train(progress.epoch))
+            whole = train_epoch(trained, optimizer, pairs, settings, progress, interrupted)
+            if whole:
+                if main_process:
+                    loss = evaluate(model, validation, settings.batch_tokens)
+                    row = (
+                        progress.epoch + 1,
+                        progress.loss / progress.count,
+                        loss,
+                        time.perf_counter() - start,
+                    )
+                    progress.rows.append(row)
+                    print("{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*row), flush=True)
+                    if loss < progress.best:
+                        progress.best = loss
+                        save_model(model_path, model, tokenizer, settings)
+                progress.epoch, progress.batch, progress.loss, progress.count = (
+                    progress.epoch + 1,
+                    0,
+                    0.0,
+                    0,
+                )
+            if main_process:
+                state = {
+                    "run": run,
+                    "progress": asdict(progress),
+                    "tokenizer": tokenizer.to_str(),
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                write(checkpoint, buffer.getvalue())
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, previous)
+        if not main_process:
+            return 0
+
+        model, tokenizer = open_model(model_path)
+        model.to(args.device)
+        found = {}
+        for name, pairs in corpus.tests.items():
+            texts = translate(model, tokenizer, [source for source, _ in pairs], args.beam)
+            found[name] = [text or "" for text in texts]
+        scores = (print_bleu if args.data else print_dates)(corpus.tests, found)
+        metrics = {
+            "settings": run,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "epochs": progress.rows,
+            "test": scores,
+            "seconds": time.perf_counter() - started,
+        }
+        example = next(iter(corpus.tests.values()))[0]
+        write(args.out / "losses.png", draw_losses(progress.rows))
+        write(args.out / "attention.png", draw_attention(model, tokenizer, *example))
+        write(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+        print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
+    except (OSError, FloatingPointError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
