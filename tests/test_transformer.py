@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -8,11 +9,12 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -118,6 +120,7 @@ class Theirs(nn.Module):
         return x @ self.embedding.weight.T
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_values_and_gradients_are_those_of_pytorch(norm_first):
     ours = make(norm_first=norm_first)
@@ -337,11 +340,11 @@ def test_training_lowers_the_loss():
 def test_a_loss_that_is_no_number_stops_the_training(value):
     model = make()
     nn.init.constant_(model.decoder[-1].norms[-1].norm.bias, value)
-    with pytest.raises(FloatingPointError, match="nan|inf"):
+    with pytest.raises(FloatingPointError, match=r"nan|inf"):
         train(model, adam(model), random_pairs(5), T.Progress(0))
 
 
-@pytest.mark.parametrize("stop", [1, 3, 7, 8])
+@pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_training_that_goes_on_gives_the_weights_of_one_that_was_not_stopped(stop):
     pairs, options = random_pairs(60), {"num_layers": 1, "dropout": 0.3}
 
@@ -356,16 +359,14 @@ def test_a_training_that_goes_on_gives_the_weights_of_one_that_was_not_stopped(s
 
     model, optimizer, progress = start()
     two_epochs(model, optimizer, progress)
-    assert progress.step == 16
+    assert progress.step == 10
     expected = model.state_dict(), dataclasses.asdict(progress)
 
     model, optimizer, progress = start()
     whole = train(model, optimizer, pairs, progress, event=after(stop))
-    assert (whole, progress.batch) == (stop == 8, stop)
+    assert (whole, progress.batch) == (stop == 5, stop)
     buffer = io.BytesIO()
-    torch.save(
-        [model.state_dict(), optimizer.state_dict(), dataclasses.asdict(progress)], buffer
-    )
+    torch.save([model.state_dict(), optimizer.state_dict(), dataclasses.asdict(progress)], buffer)
     buffer.seek(0)
     torch.rand(stop)  # what is drawn elsewhere must not matter
     weights, state, numbers = torch.load(buffer, weights_only=True)
@@ -396,14 +397,14 @@ def test_batches_have_every_pair_once_and_no_more_tokens_than_asked(sizes, token
 
 
 def test_batches_waste_little_and_differ_by_epoch():
-    pairs = random_pairs(1000, longest=30)
+    random = Random(0)
+    sides = [[5] * random.randrange(1, 30) for _ in range(1000)]
+    pairs = [(ids, ids + [T.EOS] * random.randrange(4)) for ids in sides]
     batches = T.make_batches(pairs, 1000, Random(0))
-    widths = [max(len(pairs[i][s]) for i in batch) for batch in batches for s in (0, 1)]
-    padded = sum(len(batch) for batch in batches for _ in (0, 1))
     padded = sum(
-        len(batch) * (widths[2 * n] + widths[2 * n + 1]) for n, batch in enumerate(batches)
+        len(batch) * max(len(pairs[i][side]) for i in batch) for batch in batches for side in (0, 1)
     )
-    assert sum(len(a) + len(b) for a, b in pairs) > 0.7 * padded
+    assert sum(len(a) + len(b) for a, b in pairs) > 0.9 * padded
     other = T.make_batches(pairs, 1000, Random(1))
     assert {tuple(batch) for batch in batches} != {tuple(batch) for batch in other}
     longest = [max(len(pairs[i][0]) + len(pairs[i][1]) for i in batch) for batch in batches]
@@ -464,7 +465,7 @@ def test_every_known_character_is_one_token(dates, characters):
 
 def test_words_are_learned_but_not_across_spaces(words):
     assert words.get_vocab_size() <= 320
-    assert len(words.encode(SENTENCES[0][0]).ids) < len(SENTENCES[0][0]) / 2
+    assert len(words.encode(SENTENCES[0][0]).ids) <= len(SENTENCES[0][0]) / 2
     assert all(" " not in words.decode([i])[1:] for i in range(words.get_vocab_size()))
 
 
@@ -543,12 +544,22 @@ def greedy(model, source, limit):
     return [i for i in target if i > T.EOS]
 
 
-@pytest.fixture(scope="module")
-def searched():
-    """A network whose targets end at various lengths, and sources (B, S)."""
-    model = make(vocab_size=12).eval()
-    with torch.no_grad():
-        model.embedding.weight[T.EOS] *= 2
+def reverser(vocab_size, norm_first=False, epochs=4):
+    """Make a network in float64 that has begun to learn to reverse sequences."""
+    torch.manual_seed(0)
+    model, progress = T.Transformer(vocab_size, 16, 2, 2, 32, 0.0, norm_first), T.Progress(0)
+    pairs = [(ids, [T.BOS, *ids[-2::-1], T.EOS]) for ids, _ in random_pairs(400, vocab_size)]
+    optimizer, easy = adam(model), dataclasses.replace(SMALL, warmup=100)
+    for progress.epoch in range(epochs):
+        progress.batch = 0
+        train(model, optimizer, pairs, progress, easy)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["post-norm", "pre-norm"])
+def searched(request):
+    """A network and sources (B, S)."""
+    model = reverser(12, request.param)
     torch.manual_seed(1)
     return model, draw([9, 4, 1, 6, 2, 7], vocab_size=12)
 
@@ -559,23 +570,19 @@ def test_a_beam_of_1_is_greedy(searched):
     found = T.search(model, source, beam=1)
     for row, ids in zip(source, found, strict=True):
         row = row[row != T.PAD]
-        assert ids == greedy(model, row[None], limit=2 * 9 + 20)
+        assert ids == greedy(model, row[None], limit=2 * len(row) + 20)
     assert len(set(map(len, found))) >= 3
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
 @pytest.mark.parametrize("beam", [1, 4])
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_the_cache_changes_no_token(searched, beam, alpha, norm_first):
+def test_the_cache_changes_no_token(searched, beam, alpha):
     model, source = searched
-    if norm_first:
-        model = make(vocab_size=12, norm_first=True)
     found = T.search(model, source, beam, alpha)
     assert found == T.search(model, source, beam, alpha, use_cache=False)
-    assert any(found)
+    assert len(set(map(len, found))) >= 3
     for row, ids in zip(source, found, strict=True):
-        if len(ids) < 20:  # a shorter source has a lower limit
-            assert T.search(model, row[row != T.PAD][None], beam, alpha) == [ids]
+        assert T.search(model, row[row != T.PAD][None], beam, alpha) == [ids]
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -590,13 +597,16 @@ def test_the_cache_changes_no_logit(norm_first):
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-12)
 
 
+@pytest.fixture(scope="module")
+def unsure():
+    return reverser(6, epochs=1)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 @torch.inference_mode()
-def test_a_wide_beam_finds_what_trying_everything_finds(monkeypatch, alpha):
+def test_a_wide_beam_finds_what_trying_everything_finds(unsure, monkeypatch, alpha):
     limit, V = 4, 6
-    model = make(vocab_size=V).eval()
-    model.embedding.weight.mul_(2)
-    source = draw([3, 1, 2, 3], vocab_size=V)
+    model, source = unsure, draw([3, 1, 2, 3], vocab_size=V)
     others = [i for i in range(V) if i not in (T.PAD, T.EOS)]
     targets = [(*head, T.EOS) for n in range(limit) for head in itertools.product(others, repeat=n)]
     targets += itertools.product(others, repeat=limit)
@@ -622,7 +632,8 @@ def test_a_beam_wider_than_the_vocabulary_is_searched(searched):
 def test_translate_keeps_order_and_says_what_it_leaves_out(words):
     torch.manual_seed(0)
     model = T.Transformer(words.get_vocab_size(), 16, 2, 1, 24, 0.0)
-    lines = ["zwei kinder", "", "ein hund läuft im schnee", "  \t", "☃\x00 чужой", "x " * 300, "ein"]
+    lines = ["zwei kinder", "", "ein hund läuft im schnee", "  \t", "☃\x00 чужой"]
+    lines += ["x " * 300, "ein"]
     lines += [source for source, _ in SENTENCES] * 30
     found = T.translate(model, words, lines, beam=2)
     assert [found[i] for i in (1, 3, 5)] == ["", "", None]
@@ -723,6 +734,9 @@ def test_a_split_without_sentences_is_refused(folder, split, content):
         T.text_corpus(folder, ("de", "en"))
 
 
+SKIPPED = r"(?im)^.*(skipped|left out).*$"
+
+
 def run_main(*arguments):
     return T.main([*map(str, arguments), "--device", "cpu"])
 
@@ -731,22 +745,21 @@ def test_sentences_that_are_too_long_are_skipped_and_reported(folder, tmp_path, 
     for split in ("train", "val", "test2016"):
         for language in ("de", "en"):
             lines = T.read_lines(folder / f"{split}.{language}")
-            lines[0] = "☃" * T.MAX_LENGTH if language == "de" or split != "train" else lines[0]
+            lines[0] = "x " * 300 if language == "de" or split != "train" else lines[0]
             (folder / f"{split}.{language}.gz").unlink(missing_ok=True)
             (folder / f"{split}.{language}").write_text("\n".join([*lines, ""]))
     arguments = ("--data", folder, "--out", tmp_path / "out", "--beam", 1)
     assert run_main(*arguments, "--set", "epochs=1", *TINY) == 0
-    captured = capsys.readouterr()
-    assert "skipped" in captured.out + captured.err
+    assert re.search(SKIPPED, "".join(capsys.readouterr()))
 
 
 def test_skipped_pairs_are_reported(folder, tmp_path, capsys):
-    with gzip.open(folder / "train.de.gz", "at") as de, gzip.open(folder / "train.en.gz", "at") as en:
-        de.write("\nein hund\n")
-        en.write("a dog\n\n")
+    for language, lines in (("de", "\nein hund\n\n"), ("en", "a dog\n\n\n")):
+        with gzip.open(folder / f"train.{language}.gz", "at") as file:
+            file.write(lines)
     arguments = ("--data", folder, "--out", tmp_path / "out", "--beam", 1)
     assert run_main(*arguments, "--set", "epochs=1", *TINY) == 0
-    assert "2 pairs" in capsys.readouterr().out
+    assert re.search(SKIPPED, "".join(capsys.readouterr()))[0].count("3") == 1
 
 
 # Files
@@ -910,7 +923,7 @@ def test_dates_are_learned_end_to_end(run_script, tmp_path):
     out = tmp_path / "out"
     done = run_script(
         "transformer.py", "--device", "cpu", "--beam", 1, "--out", out,
-        "--set", "epochs=1", "epoch_dates=300", *TINY,
+        "--set", "epochs=1", "epoch_dates=1500", "batch_tokens=500", *TINY, "warmup=60",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     metrics = json.loads((out / "metrics.json").read_text())
@@ -928,10 +941,21 @@ def test_dates_are_learned_end_to_end(run_script, tmp_path):
     loss = T.evaluate(model, T.encode(tokenizer, corpus.validation), 1000)
     assert loss == pytest.approx(validation, rel=1e-5)
 
-    text = "12 mars 2021"
-    done = run_script("transformer.py", "--out", out, "--device", "cpu", "--translate", text)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{T.translate(model, tokenizer, [text], beam=4)[0]}\n"
+    lines = ["12 mars 2021", "", "☃\r\x85\x0b\x1c\u2028 ?", "1" * 300, " ", "3. Mai 1968"]
+    expected = T.translate(model, tokenizer, lines, beam=4)
+    process = start("--out", out, "--translate", "-", stdin=subprocess.PIPE)
+    found, error = process.communicate("\n".join(lines))
+    assert (process.returncode, error) == (0, f"line 4 is longer than {T.MAX_LENGTH} tokens\n")
+    assert expected[0] and expected[1] == expected[4] == ""
+    assert found.split("\n") == [*((text or "").replace("\n", " ") for text in expected), ""]
+
+
+def test_one_text_is_translated(saved, words, capsys):
+    assert run_main("--out", saved, "--translate", "ein hund", "--beam", 2) == 0
+    model, tokenizer = T.open_model(saved / "model.safetensors")
+    expected = T.translate(model, tokenizer, ["ein hund"], beam=2)[0]
+    assert expected
+    assert capsys.readouterr() == (" ".join(expected.split("\n")) + "\n", "")
 
 
 def test_dates_are_scored_by_exact_match(capsys):
@@ -943,88 +967,97 @@ def test_dates_are_scored_by_exact_match(capsys):
     assert not any("not" in line for line in examples[1:])
 
 
-def test_text_is_learned_end_to_end_and_lines_stay_lines(trained, tmp_path, capfd):
+def test_text_is_learned_end_to_end(trained, tmp_path, capsys):
     data, _ = trained
     out = tmp_path / "out"
-    arguments = ("--data", data, "--out", out)
-    assert run_main(*arguments, "--set", "epochs=12", *TINY, "d_model=32") == 0
-    printed = capfd.readouterr().out
+    assert run_main("--data", data, "--out", out, "--set", "epochs=12", *TINY, "d_model=32") == 0
+    printed = capsys.readouterr().out
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["test"]) == 2
     for name, score in metrics["test"].items():
         split, signature = name.split()
         assert f"{split}: BLEU {score:.2f}  {signature}" in printed
+        assert score > 50  # it has seen these sentences
     assert {name.split("case:")[1][:2] for name in metrics["test"]} == {"mi", "lc"}
     for name in ("losses", "attention"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-    lines = ["ein hund läuft im schnee .", "", "☃\x85\x0b\x1c\u2028 ?", "x" * 2000, " ", "ein buch"]
-    process = start("--out", out, "--translate", "-", stdin=subprocess.PIPE)
-    found, error = process.communicate("\n".join(lines))
-    assert process.returncode == 0
-    assert error == f"line 4 is longer than {T.MAX_LENGTH} tokens\n"
-    model, tokenizer = T.open_model(out / "model.safetensors")
-    expected = T.translate(model, tokenizer, lines, beam=4)
-    assert expected[0]
-    assert found.split("\n") == [*((text or "").replace("\n", " ") for text in expected), ""]
+    assert run_main("--out", out, "--translate", SENTENCES[0][0]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_input_that_is_no_text_ends_in_one_line(saved):
-    process = start("--out", saved, "--translate", "-", stdin=subprocess.PIPE)
-    process.stdin.buffer.write(b"ein hund\n\xff\xfe\n")
-    _, error = process.communicate()
-    assert process.returncode == 1
-    assert len(error.splitlines()) == 1
+def test_the_best_network_is_kept_and_not_the_last(trained, tmp_path, capsys, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    weights = []
+
+    def evaluate(model, *_):
+        weights.append(copy.deepcopy(model.state_dict()))
+        return next(losses)
+
+    monkeypatch.setattr(T, "evaluate", evaluate)
+    arguments = ("--data", trained[0], "--out", tmp_path, "--beam", 1)
+    assert run_main(*arguments, "--set", "epochs=3", *TINY) == 0
+    for name, tensor in load(tmp_path).items():
+        assert torch.equal(tensor, weights[1][name])
+        assert not torch.equal(tensor, weights[2][name])
 
 
-@pytest.mark.parametrize("killer", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_was_stopped_and_resumed_gives_the_same_weights(trained, tmp_path, killer):
-    arguments = ("--data", trained[0], "--set", *TINY, "batch_tokens=200", "dropout=0.2")
-    arguments += ("epochs=40", "--beam", 1)
-    stopped = start(*arguments, "--out", tmp_path / "stopped")
-    for line in stopped.stdout:
-        if line.startswith("    2 "):
-            stopped.send_signal(killer)
-            break
-    _, error = stopped.communicate()
-    assert (stopped.returncode, error) == (130 if killer == signal.SIGINT else -killer, "")
-    state = torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)
-    assert state["progress"]["epoch"] in (1, 2, 3)
-    resumed = start(*arguments, "--out", tmp_path / "stopped", "--resume")
-    whole = start(*arguments, "--out", tmp_path / "whole")
-    outputs = [process.communicate() for process in (resumed, whole)]
-    assert (resumed.returncode, whole.returncode) == (0, 0), outputs
-    expected = load(tmp_path / "whole")
-    for name, tensor in load(tmp_path / "stopped").items():
-        assert torch.equal(tensor, expected[name])
+def test_input_that_is_no_text_ends_in_one_line(saved, monkeypatch, capsys):
+    raw = io.TextIOWrapper(io.BytesIO(b"ein hund\n\xff\xfe\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", raw)
+    assert run_main("--out", saved, "--translate", "-") == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def resume_and_compare(arguments, tmp_path):
+    """Go on in the folder `stopped`, and see that it ends as a run that was not stopped."""
+    assert run_main(*arguments, "--out", tmp_path / "stopped", "--resume") == 0
+    assert run_main(*arguments, "--out", tmp_path / "whole") == 0
     states = [
         torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)
         for out in ("stopped", "whole")
     ]
-    for name, tensor in states[0]["model"].items():
-        assert torch.equal(tensor, states[1]["model"][name])
-    assert states[0]["progress"]["step"] == states[1]["progress"]["step"]
+    models = [load(tmp_path / out) for out in ("stopped", "whole")]
+    for a, b in ([state["model"] for state in states], models):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    rows = [[row[:3] for row in state["progress"].pop("rows")] for state in states]
+    assert rows[0] == rows[1]
+    assert states[0]["progress"] == states[1]["progress"]
+
+
+LONG = ("--set", *TINY, "dropout=0.2", "batch_tokens=200", "epochs=20", "--beam", 1)
+
+
+def stop(process, number):
+    """Send a signal when the first epoch has been printed; return what stands on stderr."""
+    for line in process.stdout:
+        if line.startswith("    1 "):
+            break
+    process.send_signal(number)
+    return process.communicate()[1]
+
+
+def test_a_run_that_was_stopped_and_resumed_gives_the_same_weights(trained, tmp_path, capsys):
+    arguments = ("--data", trained[0], *LONG)
+    process = start(*arguments, "--out", tmp_path / "stopped")
+    assert (stop(process, signal.SIGINT), process.returncode) == ("", 130)
+    state = torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)
+    assert 1 <= state["progress"]["epoch"] < 20
+    resume_and_compare(arguments, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_anywhere_can_be_resumed(trained, tmp_path):
-    arguments = ("--data", trained[0], "--set", *TINY, "batch_tokens=200", "dropout=0.2")
-    arguments += ("epochs=30", "--beam", 1, "--out")
-    random = Random(0)
-    resume = ()
+def test_a_run_that_is_killed_anywhere_can_be_resumed(trained, tmp_path, capsys):
+    arguments = ("--data", trained[0], *LONG)
+    random, resume = Random(0), ()
     for _ in range(20):
-        process = start(*arguments, tmp_path / "killed", *resume)
-        time.sleep(random.uniform(1, 8))
+        process = start(*arguments, "--out", tmp_path / "stopped", *resume)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=random.uniform(1, 8))
         process.kill()
-        process.communicate()
+        assert "Traceback" not in process.communicate()[1]
         resume = ("--resume",)
-    for out in ("killed", "whole"):
-        last = start(*arguments, tmp_path / out, *(resume if out == "killed" else ()))
-        outputs = last.communicate()
-        assert last.returncode == 0, outputs
-    expected = load(tmp_path / "whole")
-    for name, tensor in load(tmp_path / "killed").items():
-        assert torch.equal(tensor, expected[name])
+    resume_and_compare(arguments, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -1042,7 +1075,7 @@ def test_a_run_that_is_killed_anywhere_can_be_resumed(trained, tmp_path):
         ["--set", "dropout=1"],
         ["--set", "dropout=nan"],
         ["--set", "norm_first=maybe"],
-        ["--set", "warmup=0", "epochs=1"],
+        ["--set", "warmup=0"],
         ["--set", "d_model=10", "num_heads=4"],
     ],
     ids=" ".join,
@@ -1062,62 +1095,71 @@ def test_settings_are_changed_by_name():
 # Several processes
 
 
-def share_batches(rank, folder, pairs, expected):
-    """Train as one of two processes, and check what train_epoch leaves behind."""
+def share_batches(rank, folder, port, pairs, expected, arguments):
+    """Train as one of two processes; compare with what one alone computes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    minute = datetime.timedelta(minutes=1)
+    dist.init_process_group("gloo", f"file://{folder}/store", minute, world_size=2, rank=rank)
     model = make()
     trained = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters())
-    for (loss, gradients), few in zip(expected, (pairs, pairs[:1]), strict=True):
+    for few, (loss, gradients) in expected.items():
         progress = T.Progress(seed=0)
-        assert train(trained, optimizer, few, progress)
+        assert train(trained, optimizer, pairs[:few], progress)
         assert progress.loss == pytest.approx(loss, rel=1e-10)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-10)
     dist.destroy_process_group()
+    assert run_main(*arguments) == 0
+    dist.destroy_process_group()
 
 
-def test_two_processes_compute_the_gradients_and_losses_of_one(tmp_path):
-    pairs, expected = random_pairs(33), []
+def in_the_second(index, *arguments):
+    share_batches(1 + index, *arguments)
+
+
+def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys):
+    pairs, expected = random_pairs(33), {}
     model = make()
     optimizer = torch.optim.SGD(model.parameters())
-    for few in (pairs, pairs[:1]):  # of one pair, the second process gets nothing
+    for few in (33, 1):  # of one pair, the second process gets nothing
         progress = T.Progress(seed=0)
-        assert train(model, optimizer, few, progress)
-        expected.append((progress.loss, [p.grad.clone() for p in model.parameters()]))
-    arguments = (tmp_path, pairs, expected)
-    torch.multiprocessing.start_processes(share_batches, arguments, nprocs=2, start_method="spawn")
+        assert train(model, optimizer, pairs[:few], progress)
+        expected[few] = (progress.loss, [p.grad.clone() for p in model.parameters()])
 
-
-def test_torchrun_trains_one_model(trained, tmp_path):
-    arguments = ("--data", trained[0], "--set", *TINY, "epochs=2", "batch_tokens=300", "--beam", 1)
-    both = start(*arguments, "--out", tmp_path / "both", torchrun=True)
-    out, error = both.communicate()
-    assert both.returncode == 0, error
-    assert out.count("parameters") == out.count("Saved in") == 1
-    assert run_main(*arguments, "--out", tmp_path / "one") == 0
-    expected = load(tmp_path / "one")
+    settings = ("--data", trained[0], "--set", *TINY, "epochs=2", "batch_tokens=300", "--beam", 1)
+    assert run_main(*settings, "--out", tmp_path / "one") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = (tmp_path, port, pairs, expected, (*settings, "--out", tmp_path / "both"))
+    second = torch.multiprocessing.spawn(in_the_second, arguments, join=False)
+    share_batches(0, *arguments)
+    while not second.join():
+        pass
+    out, error = capsys.readouterr()
+    assert out.count(" parameters, ") == out.count("Saved in ") == 1
+    assert error == ""
+    weights = load(tmp_path / "one")
     for name, tensor in load(tmp_path / "both").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
-    assert "Traceback" not in error
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_are_stopped_and_resumed(trained, tmp_path):
-    arguments = ("--data", trained[0], "--set", *TINY, "epochs=40", "batch_tokens=300")
-    arguments += ("dropout=0.2", "--beam", 1, "--out")
-    stopped = start(*arguments, tmp_path / "stopped", torchrun=True)
-    for line in stopped.stdout:
-        if line.startswith("    2 "):
-            stopped.send_signal(signal.SIGINT)
-            break
-    _, error = stopped.communicate()
-    assert stopped.returncode != 0
+def test_torchrun_trains_stops_and_resumes(trained, tmp_path):
+    arguments = ("--data", trained[0], *LONG)
+    process = start(*arguments, "--out", tmp_path / "stopped", torchrun=True)
+    stop(process, signal.SIGINT)
+    assert process.returncode != 0
     for out, resume in (("stopped", ["--resume"]), ("whole", [])):
-        process = start(*arguments, tmp_path / out, *resume, torchrun=True)
-        _, error = process.communicate()
+        process = start(*arguments, "--out", tmp_path / out, *resume, torchrun=True)
+        printed, error = process.communicate()
         assert process.returncode == 0, error
+        assert printed.count(" parameters, ") == printed.count("Saved in ") == 1
+        assert "Traceback" not in error
     expected = load(tmp_path / "whole")
     for name, tensor in load(tmp_path / "stopped").items():
         assert torch.equal(tensor, expected[name])
