@@ -330,7 +330,7 @@ def test_training_lowers_the_loss():
     model, pairs, progress = T.Transformer(20, 16, 2, 1, 32, 0.0), random_pairs(60), T.Progress(0)
     optimizer, losses = adam(model), [T.evaluate(model, pairs, 1000)]
     for _ in range(8):
-        assert train(model, optimizer, pairs, progress)
+        assert train(model, optimizer, pairs, progress, dataclasses.replace(SMALL, epochs=8))
         losses.append(T.evaluate(model, pairs, 1000))
         progress.epoch, progress.batch = progress.epoch + 1, 0
     assert losses[-1] < losses[0] - 0.5
@@ -344,9 +344,11 @@ def test_a_loss_that_is_no_number_stops_the_training(value):
         train(model, adam(model), random_pairs(5), T.Progress(0))
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, 3, -1])
 def test_a_training_that_goes_on_gives_the_weights_of_one_that_was_not_stopped(stop):
     pairs, options = random_pairs(60), {"num_layers": 1, "dropout": 0.3}
+    batches = len(T.make_batches(pairs, SMALL.batch_tokens, Random(0)))
+    stop %= batches + 1
 
     def start():
         model = make(**options).float()
@@ -359,12 +361,12 @@ def test_a_training_that_goes_on_gives_the_weights_of_one_that_was_not_stopped(s
 
     model, optimizer, progress = start()
     two_epochs(model, optimizer, progress)
-    assert progress.step == 10
+    assert progress.step == 2 * batches
     expected = model.state_dict(), dataclasses.asdict(progress)
 
     model, optimizer, progress = start()
     whole = train(model, optimizer, pairs, progress, event=after(stop))
-    assert (whole, progress.batch) == (stop == 5, stop)
+    assert (whole, progress.batch) == (stop == batches, stop)
     buffer = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict(), dataclasses.asdict(progress)], buffer)
     buffer.seek(0)
@@ -549,7 +551,7 @@ def reverser(vocab_size, norm_first=False, epochs=4):
     torch.manual_seed(0)
     model, progress = T.Transformer(vocab_size, 16, 2, 2, 32, 0.0, norm_first), T.Progress(0)
     pairs = [(ids, [T.BOS, *ids[-2::-1], T.EOS]) for ids, _ in random_pairs(400, vocab_size)]
-    optimizer, easy = adam(model), dataclasses.replace(SMALL, warmup=100)
+    optimizer, easy = adam(model), dataclasses.replace(SMALL, warmup=100, epochs=2 * epochs)
     for progress.epoch in range(epochs):
         progress.batch = 0
         train(model, optimizer, pairs, progress, easy)
@@ -1053,10 +1055,10 @@ def test_a_run_that_is_killed_anywhere_can_be_resumed(trained, tmp_path, capsys)
     for _ in range(20):
         process = start(*arguments, "--out", tmp_path / "stopped", *resume)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=random.uniform(1, 8))
+            process.communicate(timeout=random.uniform(4, 9))
         process.kill()
-        assert "Traceback" not in process.communicate()[1]
-        resume = ("--resume",)
+        assert process.communicate()[1] == ""
+        resume = ("--resume",) if (tmp_path / "stopped/checkpoint.pt").exists() else ()
     resume_and_compare(arguments, tmp_path)
 
 
