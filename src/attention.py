@@ -116,7 +116,9 @@ class MultiHeadAttention(nn.Module):
 
         Returns Q, K and V of all heads, or those of them, in one tensor (3, B, H, T, d_k).
         """
-        W = self.W_qkv.weight[first * x.shape[-1] : last * x.shape[-1]]
+        W = self.W_qkv.weight
+        if last - first < 3:  # else no slice, whose gradient would be copied into that of the whole
+            W = W[first * x.shape[-1] : last * x.shape[-1]]
         x = F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1))  # (B, T, 3, H, d_k)
         return x.movedim((2, 3), (0, 2))
 
