@@ -250,16 +250,6 @@ def shade(row: Sequence[float]) -> str:
     return "".join("·░▒▓█"[round(4 * number)] * 2 for number in row)
 
 
-def print_matrix(
-    title: str, matrix: Tensor, rows: Sequence[str], columns: Sequence[str], shaded: bool = False
-) -> None:
-    """Print a matrix with the names of its rows and columns and, if wanted, as a picture too."""
-    print(f"\n{title}\n{'':8}" + "".join(" " + label(name, 6) for name in columns))
-    for name, row in zip(rows, matrix.tolist(), strict=True):
-        numbers = "".join(f"{number:7.2f}" for number in row)
-        print(label(name, 8) + numbers + ("  " + shade(row) if shaded else ""))
-
-
 def print_pictures(titles: Sequence[str], pictures: Tensor, names: str) -> None:
     """Print pictures (N, T, T) side by side, with a character to name each row and column."""
     print("".join(f"{title:>{6 + 2 * len(names)}}" for title in titles))
@@ -281,7 +271,7 @@ def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
     features, parts = ([str(n) for n in range(1, size + 1)] for size in (d, d_k))
     for formula, matrix, rows, columns, reading in (
         ("x   (T, d)", x, words, features,
-         "Row i is x⁽ⁱ⁾, the embedding of word i, here at random. The same word has the same."),
+         "Row i is x⁽ⁱ⁾, the embedding of word i, here at random, but equal for equal words."),
         ("W_q   (d, d_k)", W_q, features, parts, "Makes queries of embeddings. Training finds it."),
         ("W_k   (d, d_k)", W_k, features, parts, "Makes keys of embeddings. Training finds it."),
         ("W_v   (d, d_k)", W_v, features, parts, "Makes values of embeddings. Training finds it."),
@@ -297,8 +287,11 @@ def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
         ("softmax(QKᵀ/√d_k)V   (T, d_k)", output, words, parts,
          f"Row {row} is what {word} gets: a mixture of all v_j, by row {row} of the softmax."),
     ):  # fmt: skip
-        title = f"{formula} = {tuple(matrix.shape)}\n{reading}"
-        print_matrix(title, matrix, rows, columns, shaded=matrix is weights)
+        print(f"\n{formula} = {tuple(matrix.shape)}\n{reading}")
+        print(" " * 8 + "".join(" " + label(name, 6) for name in columns))
+        for name, numbers in zip(rows, matrix.tolist(), strict=True):
+            picture = "  " + shade(numbers) if matrix is weights else ""
+            print(label(name, 8) + "".join(f"{number:7.2f}" for number in numbers) + picture)
 
 
 def show_scaling() -> None:
