@@ -127,8 +127,8 @@ class MultiHeadAttention(nn.Module):
         need_weights: bool = False,
     ) -> Attended:  # fmt: skip
         """Do what `forward` does, from Q (B, H, T, d_k), K and V (B, H, S, d_k)."""
-        if mask is not None:
-            mask = mask.unsqueeze(-3)  # (B, T, S) -> (B, 1, T, S)
+        if mask is not None and mask.dim() > 2:
+            mask = mask.unsqueeze(-3)  # (B, T, S) -> (B, 1, T, S); the fused kernel wants 2 or 4
         check_shapes(Q, K, V, mask)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
