@@ -345,10 +345,8 @@ def show_masks() -> None:
         ("softmax(scores + mask) @ V", (Q @ K.mT + mask.float()).softmax(dim=-1) @ V),
     ):
         print("{:34}{:9.2f}{:12.2f}{:12.2f}{:13.2f}".format(name, *output.flatten().tolist()))
-    print(
-        "True forbids in nn.MultiheadAttention. A mask that is added must be 0 and -∞, for 1 and 0"
-    )
-    print("hide nothing. Where all is forbidden, -∞ makes NaN, but zeros in the first two.")
+    print("True forbids in nn.MultiheadAttention. A mask that is added must be 0 and -∞, for 1")
+    print("and 0 hide nothing. Where all is forbidden, -∞ makes NaN, but zeros in the first two.")
 
 
 def show_heads(T: int = 10, d_model: int = 64) -> None:
@@ -360,11 +358,9 @@ def show_heads(T: int = 10, d_model: int = 64) -> None:
         heads = MultiHeadAttention(d_model, num_heads)
         with FlopCounterMode(display=False) as counter:
             heads(x, x, x, need_weights=True)
-        parameters, operations = (
-            sum(p.numel() for p in heads.parameters()),
-            counter.get_total_flops(),
-        )
-        print(f"{num_heads:8}{d_model // num_heads:8}{parameters:13,}{operations:32,}")
+        parameters = sum(p.numel() for p in heads.parameters())
+        print(f"{num_heads:8}{d_model // num_heads:8}{parameters:13,}", end="")
+        print(f"{counter.get_total_flops():32,}")
 
 
 def draw_attention(weights: Tensor, digits: str) -> Figure:
@@ -374,10 +370,9 @@ def draw_attention(weights: Tensor, digits: str) -> Figure:
     ticks = range(len(digits))
     for head, (axes, picture) in enumerate(zip(panels, weights, strict=True), start=1):
         axes.imshow(picture.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set(
-            title=f"head {head}", xlabel="looks at", ylabel="digit", xticks=ticks, yticks=ticks
-        )
-        axes.set(xticklabels=digits, yticklabels=digits)
+        axes.set(title=f"head {head}", xlabel="looks at", ylabel="digit")
+        axes.set_xticks(ticks, digits)
+        axes.set_yticks(ticks, digits)
     return figure
 
 
