@@ -4,7 +4,8 @@
     make bench
 
 The same network, on the same pictures, in the same number of steps, in turn in one process: fed by
-a DataLoader over torchvision's data set, as in the quickstart, and fed as in the script. Prints
+a DataLoader over torchvision's data set, as in the quickstart, and fed as in the script. Once that
+is the quickstart's own network with its optimizer and batch size, and then the script's. Prints
 medians of epochs after a warm-up.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -28,7 +29,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 fashion = importlib.import_module("fashion-mnist")
 
 ROUNDS = 3
-BATCH_SIZES = (64, 500)
+
+
+class Quickstart(nn.Module):
+    """The network of PyTorch's quickstart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(28 * 28, 512),
+            nn.ReLU(),
+            nn.Linear(512, 512),
+            nn.ReLU(),
+            nn.Linear(512, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images / 255)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=0.05)
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+SETUPS = (
+    (Quickstart, sgd, 64),
+    (fashion.FeedForward, adamw, 64),
+    (fashion.FeedForward, adamw, 500),
+)
 
 
 def as_torchvision_wants_it(images: Tensor, labels: Tensor, root: Path) -> datasets.FashionMNIST:
@@ -55,14 +88,14 @@ def fingerprints(epoch: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
     return torch.cat(sums).sort().values.tolist()
 
 
-def quickstart_epoch(model: nn.Module, loader: DataLoader, optimizer: AdamW, device: str) -> None:
+def quickstart_epoch(
+    model: nn.Module, loader: DataLoader, optimizer: Optimizer, device: str
+) -> None:
     """Do what `train_epoch` does, with the batches of a DataLoader."""
     model.train()
     for images, labels in loader:
         images, labels = images.to(device).squeeze(1) * 255, labels.to(device)
-        half = len(images) // 2
-        images[:half] = images[:half].flip(-1)
-        loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+        loss = F.cross_entropy(model(fashion.augment(images)), labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,24 +131,31 @@ def in_turn(*works: Callable[[], object]) -> list[float]:
     return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
 
 
-def compare(
-    dataset: datasets.FashionMNIST, images: Tensor, labels: Tensor, test: Sequence[Tensor],
-    batch_size: int, device: str,
-) -> None:  # fmt: skip
-    """Measure loading and training with one batch size, and print a line for each."""
+def compare_loading(
+    dataset: datasets.FashionMNIST, images: Tensor, labels: Tensor, batch_size: int
+) -> None:
+    """Measure reading every picture once, and print a line."""
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
     same = fingerprints(loader) == fingerprints(batches(images.cpu(), labels.cpu(), batch_size))
     assert same, "the two don't see each picture once an epoch"
     theirs, ours = in_turn(
         lambda: [None for _ in loader], lambda: [None for _ in batches(images, labels, batch_size)]
     )
-    print(f"{batch_size:5}  loading   {theirs:10.2f} {ours:8.3f} {theirs / ours:7.1f}")
+    print(f"{'loading':12} {batch_size:5} {theirs:11.2f} {ours:8.3f} {theirs / ours:7.1f}")
 
-    models, optimizers = [], []
+
+def compare_training(
+    dataset: datasets.FashionMNIST, images: Tensor, labels: Tensor, test: Sequence[Tensor],
+    network: Callable[[], nn.Module], optimizer: Callable[[nn.Module], Optimizer], batch_size: int,
+) -> None:  # fmt: skip
+    """Measure epochs of training, and print a line."""
+    device = str(images.device)
+    loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
+    models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(fashion.FeedForward().to(device))
-        optimizers.append(AdamW(models[-1].parameters(), lr=1e-3, fused=True))
+        models.append(network().to(device))
+    optimizers = [optimizer(model) for model in models]
     steps = math.ceil(len(labels) / batch_size)
     theirs, ours, products = in_turn(
         lambda: quickstart_epoch(models[0], loader, optimizers[0], device),
@@ -127,7 +167,7 @@ def compare(
     accuracies = [fashion.evaluate(model, *test)[1] for model in models]
     assert abs(accuracies[0] - accuracies[1]) < 0.02, f"that is not the same work: {accuracies}"
     print(
-        f"{batch_size:5}  training  {theirs:10.2f} {ours:8.3f} {theirs / ours:7.1f} "
+        f"{network.__name__:12} {batch_size:5} {theirs:11.2f} {ours:8.3f} {theirs / ours:7.1f} "
         f"{products:9.2f} {products / ours:9.0%}   {accuracies[0]:.1%} and {accuracies[1]:.1%}"
     )
 
@@ -135,16 +175,19 @@ def compare(
 def main() -> None:
     """Print the table."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    torch.set_float32_matmul_precision("medium")  # as the script does
     folder, train, test, _ = fashion.find_data()
     print(f"{len(train[1]):,} pictures from {folder}, PyTorch {torch.__version__} on {device},")
     print(f"{torch.get_num_threads()} threads; seconds an epoch, medians of {ROUNDS}.\n")
-    print("batch  what      quickstart     ours   ratio  products  products/ours  accuracies")
+    print("what         batch  DataLoader     ours   ratio  products  products/ours  accuracies")
     with tempfile.TemporaryDirectory() as root:
         dataset = as_torchvision_wants_it(*train, Path(root))
         images, labels = (tensor.to(device) for tensor in train)
         test = [tensor.to(device) for tensor in test]
-        for batch_size in BATCH_SIZES:
-            compare(dataset, images, labels, test, batch_size, device)
+        for batch_size in (64, 500):
+            compare_loading(dataset, images, labels, batch_size)
+        for setup in SETUPS:
+            compare_training(dataset, images, labels, test, *setup)
 
 
 if __name__ == "__main__":

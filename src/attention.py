@@ -2,8 +2,9 @@
 """Attention(Q, K, V) = softmax(QKᵀ/√d_k)V, step by step, with many heads, and then trained.
 
 Run `poetry run src/attention.py`. It follows a sentence through the formula (Vaswani et al. 2017,
-"Attention Is All You Need", arXiv 1706.03762), then trains a small network made of these parts to
-reverse sequences of digits, and shows what it looks at. Saves it under runs/attention/.
+"Attention Is All You Need", arXiv 1706.03762), measures what each part is for, and trains a small
+network of such parts to reverse sequences of digits, all in about 15 s. Results go to
+runs/attention/. With `--explain "your own sentence"` it follows that one, and stops.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import json
 import math
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import safetensors.torch
@@ -20,11 +23,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+SENTENCE, MAX_WORDS = "the cat sees the dog", 10  # as many as fit in 100 columns
 MIN_DIGITS, MAX_DIGITS = 4, 10  # in a sequence
 IGNORED = -100  # an answer that the loss leaves out
+Attended = tuple[Tensor, Tensor | None]  # the output, and the weights if they were asked for
 
 
 def check_shapes(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> None:
@@ -75,20 +81,6 @@ def positional_encoding(T: int, d_model: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :d_model]
 
 
-class SelfAttention(nn.Module):
-    """One head: every word asks (W_q), offers (W_k) and says (W_v) something."""
-
-    def __init__(self, d: int, d_k: int) -> None:
-        super().__init__()
-        self.W_q = nn.Linear(d, d_k, bias=False)
-        self.W_k = nn.Linear(d, d_k, bias=False)
-        self.W_v = nn.Linear(d, d_k, bias=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Give the output (..., T, d_k) and the weights (..., T, T) of x (..., T, d)."""
-        return scaled_dot_product_attention(self.W_q(x), self.W_k(x), self.W_v(x), mask)
-
-
 class MultiHeadAttention(nn.Module):
     """Concat(head_1, ..., head_h)W_o, section 3.2.2, with d_k = d_model / num_heads.
 
@@ -105,13 +97,9 @@ class MultiHeadAttention(nn.Module):
         self.W_o = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Attended:  # fmt: skip
         """Attend from query (B, T, d_model) to key and value (B, S, d_model).
 
         The mask, True where a query may attend, broadcasts to (B, T, S) and holds for all heads.
@@ -120,9 +108,7 @@ class MultiHeadAttention(nn.Module):
         if query is key and key is value:
             Q, K, V = self.project(query, 0, 3)
         else:
-            (Q,), (K,), (V,) = (
-                self.project(x, i, i + 1) for i, x in enumerate((query, key, value))
-            )
+            Q, K, V = (self.project(x, i, i + 1)[0] for i, x in enumerate((query, key, value)))
         return self.attend(Q, K, V, mask, need_weights)
 
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
@@ -130,22 +116,19 @@ class MultiHeadAttention(nn.Module):
 
         Returns Q, K and V of all heads, or those of them, in one tensor (3, B, H, T, d_k).
         """
-        W = self.W_qkv.weight[first * x.shape[-1] : last * x.shape[-1]]
-        return (
-            F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1)).movedim((2, 3), (0, 2))
-        )
+        W = self.W_qkv.weight
+        if last - first < 3:  # else no slice, whose gradient would be copied into that of the whole
+            W = W[first * x.shape[-1] : last * x.shape[-1]]
+        x = F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1))  # (B, T, 3, H, d_k)
+        return x.movedim((2, 3), (0, 2))
 
     def attend(
-        self,
-        Q: Tensor,
-        K: Tensor,
-        V: Tensor,
-        mask: Tensor | None = None,
+        self, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Attended:  # fmt: skip
         """Do what `forward` does, from Q (B, H, T, d_k), K and V (B, H, S, d_k)."""
-        if mask is not None:
-            mask = mask.unsqueeze(-3)  # (B, T, S) -> (B, 1, T, S)
+        if mask is not None and mask.dim() > 2:
+            mask = mask.unsqueeze(-3)  # (B, T, S) -> (B, 1, T, S); the fused kernel wants 2 or 4
         check_shapes(Q, K, V, mask)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
@@ -158,14 +141,13 @@ class MultiHeadAttention(nn.Module):
 class Layer(nn.Module):
     """A layer of the encoder, section 3.1: attention, then a network for each position alone."""
 
-    def __init__(self, d_model: int, num_heads: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(d_model, num_heads)
-        self.grow, self.shrink = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.grow, self.shrink = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, mask: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, mask: Tensor, need_weights: bool) -> Attended:
         """Give x (B, T, d_model) after the layer, and the weights (B, H, T, T) if asked for."""
         attended, weights = self.attention(x, x, x, mask, need_weights)
         x = self.norm1(x + attended)
@@ -179,13 +161,10 @@ class Reverser(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(10, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # as large as the positions, then
-        layers = [Layer(d_model, num_heads, d_ff=4 * d_model) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(d_model, num_heads) for _ in range(num_layers))
         self.to_logits = nn.Linear(d_model, 10)
 
-    def forward(
-        self, digits: Tensor, lengths: Tensor, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, digits: Tensor, lengths: Tensor, need_weights: bool = False) -> Attended:
         """Give the logits (B, T, 10) of digits (B, T) and the weights (B, H, T, T) of the end."""
         T, d_model = digits.shape[1], self.embedding.embedding_dim
         x = self.embedding(digits) * math.sqrt(d_model)  # section 3.4
@@ -212,7 +191,7 @@ def draw_sequences(lengths: Tensor, unseen: bool) -> tuple[Tensor, Tensor]:
     return digits, answers.masked_fill(position > last, IGNORED)
 
 
-def train(model: Reverser, steps: int, batch_size: int, lr: float) -> list[float]:
+def train(model: Reverser, steps: int, lr: float, batch_size: int = 128) -> list[float]:
     """Train on new sequences in every step; return the loss of each.
 
     Raises FloatingPointError when the loss is no longer a finite number.
@@ -241,59 +220,159 @@ def train(model: Reverser, steps: int, batch_size: int, lr: float) -> list[float
 def evaluate(model: Reverser, count: int = 1000) -> dict[int, float]:
     """Return, for each length, the share of `count` unseen sequences that come out exactly."""
     device = next(model.parameters()).device
-    every = torch.arange(MIN_DIGITS, MAX_DIGITS + 1)
-    lengths = every.repeat_interleave(count)
+    every = range(MIN_DIGITS, MAX_DIGITS + 1)
+    lengths = torch.tensor(every).repeat_interleave(count)
     digits, answers = (x.to(device) for x in draw_sequences(lengths, unseen=True))
     logits, _ = model.eval()(digits, lengths.to(device))
     exact = ((logits.argmax(dim=-1) == answers) | (answers == IGNORED)).all(dim=1)
-    return dict(
-        zip(every.tolist(), exact.view(-1, count).double().mean(dim=1).tolist(), strict=True)
-    )
+    shares = exact.view(-1, count).double().mean(dim=1)
+    return dict(zip(every, shares.tolist(), strict=True))
 
 
-def print_matrix(title: str, matrix: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Print a matrix under its formula, with its shape and the names of its rows and columns."""
-    print(f"\n{title} = {tuple(matrix.shape)}\n{'':8}" + "".join(f"{name:>8}" for name in columns))
-    for name, row in zip(rows, matrix.tolist(), strict=True):
-        print(f"{name:>8}" + "".join(f"{number:8.2f}" for number in row))
+def label(name: str, width: int) -> str:
+    """Set a name flush right in `width` cells of a terminal; cut it if it is too long for them."""
+    category = unicodedata.category
+    name = "".join(c for c in name if category(c)[0] != "C")  # no controls, nothing invisible
+    cells = [  # marks above and below take none, Chinese characters and emoji two
+        0 if category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in name
+    ]
+    if sum(cells) > width:
+        kept = sum(end < width for end in accumulate(cells))
+        name, cells = name[:kept] + "…", [*cells[:kept], 1]
+    if any(unicodedata.bidirectional(c) in ("R", "AL") for c in name):
+        name = f"\u2068{name}\u2069"  # so that it can't turn the order of its neighbors around
+    return " " * (width - sum(cells)) + name
 
 
-@torch.no_grad()
-def show_sentence(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
+def shade(row: Sequence[float]) -> str:
+    """Draw numbers from 0 to 1 to the nearest quarter, two cells each."""
+    return "".join("·░▒▓█"[round(4 * number)] * 2 for number in row)
+
+
+def print_pictures(titles: Sequence[str], pictures: Tensor, names: str) -> None:
+    """Print pictures (N, T, T) side by side, with a character to name each row and column."""
+    print("".join(f"{title:>{6 + 2 * len(names)}}" for title in titles))
+    print(f"       {' '.join(names)}" * len(titles))
+    for name, rows in zip(names, pictures.unbind(dim=1), strict=True):
+        print("".join(f"   {name}  {shade(row)}" for row in rows.tolist()))
+
+
+def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
     """Follow a sentence through the formula, with embeddings and weights drawn at random."""
     vocabulary = sorted(set(words))
     x = torch.randn(len(vocabulary), d)[[vocabulary.index(word) for word in words]]  # (T, d)
-    head = SelfAttention(d, d_k)
-    Q, K, V = head.W_q(x), head.W_k(x), head.W_v(x)  # (T, d_k)
-    output, weights = head(x)
-    numbers = [str(i + 1) for i in range(d)]
-    print_matrix("x, a random embedding for each word   (T, d)", x, words, numbers)
-    print_matrix("Q = x W_q   (T, d_k)", Q, words, numbers[:d_k])
-    print_matrix("K = x W_k   (T, d_k)", K, words, numbers[:d_k])
-    print_matrix("V = x W_v   (T, d_k)", V, words, numbers[:d_k])
-    print_matrix("QKᵀ   (T, T)", Q @ K.T, words, words)
-    print_matrix("QKᵀ/√d_k   (T, T)", Q @ K.T / math.sqrt(d_k), words, words)
-    print_matrix("softmax(QKᵀ/√d_k), rows add up to 1   (T, T)", weights, words, words)
-    print_matrix("softmax(QKᵀ/√d_k)V   (T, d_k)", output, words, numbers[:d_k])
+    W_q, W_k, W_v = torch.randn(3, d, d_k) / math.sqrt(d)
+    Q, K, V = x @ W_q, x @ W_k, x @ W_v  # (T, d_k)
+    scores = Q @ K.T  # (T, T)
+    output, weights = scaled_dot_product_attention(Q, K, V)
+    row = min(2, len(words))
+    word = label(words[row - 1], 20).strip()
+    features, parts = ([str(n) for n in range(1, size + 1)] for size in (d, d_k))
+    for formula, matrix, rows, columns, reading in (
+        ("x   (T, d)", x, words, features,
+         "Row i is x⁽ⁱ⁾, the embedding of word i, here at random, but equal for equal words."),
+        ("W_q   (d, d_k)", W_q, features, parts, "Makes queries of embeddings. Training finds it."),
+        ("W_k   (d, d_k)", W_k, features, parts, "Makes keys of embeddings. Training finds it."),
+        ("W_v   (d, d_k)", W_v, features, parts, "Makes values of embeddings. Training finds it."),
+        ("Q = x W_q   (T, d_k)", Q, words, parts, "Row i is q_i = x⁽ⁱ⁾ W_q: what it looks for."),
+        ("K = x W_k   (T, d_k)", K, words, parts, "Row i is k_i = x⁽ⁱ⁾ W_k: what it is found by."),
+        ("V = x W_v   (T, d_k)", V, words, parts, "Row i is v_i = x⁽ⁱ⁾ W_v: what it has to say."),
+        ("QKᵀ   (T, T)", scores, words, words,
+         "Row i, column j is q_i · k_j: how well word j fits what word i looks for."),
+        ("QKᵀ/√d_k   (T, T)", scores / math.sqrt(d_k), words, words,
+         f"The same over √{d_k} = {math.sqrt(d_k):g}, so that it is no larger where d_k is."),
+        ("softmax(QKᵀ/√d_k)   (T, T)", weights, words, words,
+         f"Row {row} says where {word} looks; the row sums to 1. ░ is ¼, ▒ ½, ▓ ¾, █ 1."),
+        ("softmax(QKᵀ/√d_k)V   (T, d_k)", output, words, parts,
+         f"Row {row} is what {word} gets: a mixture of all v_j, by row {row} of the softmax."),
+    ):  # fmt: skip
+        print(f"\n{formula} = {tuple(matrix.shape)}\n{reading}")
+        print(" " * 8 + "".join(" " + label(name, 6) for name in columns))
+        for name, numbers in zip(rows, matrix.tolist(), strict=True):
+            picture = "  " + shade(numbers) if matrix is weights else ""
+            print(label(name, 8) + "".join(f"{number:7.2f}" for number in numbers) + picture)
 
 
-def show_attention(weights: Tensor, digits: str) -> None:
-    """Print where each position looks, weights (H, T, T), as one picture of characters a head."""
-    for head, rows in enumerate(weights.tolist(), start=1):
-        print(f"\n  head {head}  {' '.join(digits)}")
-        for digit, row in zip(digits, rows, strict=True):
-            print(f"       {digit}  " + "".join(" ░▒▓█"[min(4, int(5 * w))] * 2 for w in row))
+def show_scaling() -> None:
+    """Print what √d_k does to scores of random queries and 16 keys, and to their softmax."""
+    print("\nWhy √d_k: variance of the scores, entropy of the weights, gradient of the softmax")
+    print(f"{'QKᵀ':>34}{'QKᵀ/√d_k':>29}\n     d_k" + "   variance  entropy  gradient" * 2)
+    for d_k in (1, 4, 16, 64, 256, 1024):
+        Q, K = torch.randn(2, 200, 16, d_k)
+        print(f"{d_k:8}", end="")
+        for scores in (Q @ K.mT, Q @ K.mT / math.sqrt(d_k)):
+            a = scores.softmax(dim=-1)
+            entropy = torch.special.entr(a).sum(dim=-1).mean()  # nats
+            jacobian = a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2)  # of a row, by its scores
+            size = torch.linalg.matrix_norm(jacobian).mean()
+            print(f"{scores.var():11.2f}{entropy:9.2f}{size:10.3f}", end="")
+        print()
+    print("Unscaled, the variance is d_k: the larger, the more a single key takes all the weight,")
+    print("and the flatter the softmax, which then hardly learns. Scaled, d_k makes no difference.")
+
+
+def show_positions(T: int = 10, d_model: int = 64) -> None:
+    """Print what the order of the words changes, without and with positional encoding."""
+    heads, x = MultiHeadAttention(d_model, 4), torch.randn(1, T, d_model)
+    order, positions = torch.randperm(T), positional_encoding(T, d_model)
+    print("\nWhy positions: shuffle the words, and the output differs from the shuffled output by")
+    for name, added in (("without", 0 * positions), ("with", positions)):
+        straight, shuffled = (heads(y, y, y)[0] for y in (x + added, x[:, order] + added))
+        difference = (shuffled - straight[:, order]).abs().max()
+        print(f"{difference:12.7f} at most, {name} positional encoding")
+
+
+def show_masks() -> None:
+    """Print what masks look like, and what PyTorch's functions make of the same one."""
+    causal, padding = causal_mask(5), padding_mask(torch.tensor(3), 5).expand(5, 5)
+    print("\nMasks: █ where a query, a row, may attend to a key, a column\n")
+    pictures = torch.stack((causal, padding, causal & padding)).float()
+    print_pictures(["causal", "padding", "both"], pictures, "12345")
+
+    mask = torch.tensor([[[True, True]], [[True, False]], [[False, True]], [[False, False]]])
+    Q, K, V = torch.zeros(4, 1, 1), torch.zeros(4, 2, 1), torch.tensor([[[1.0], [2.0]]] * 4)
+    theirs = nn.MultiheadAttention(1, 1, bias=False, batch_first=True)
+    for parameter in theirs.parameters():
+        nn.init.ones_(parameter)
+    print("\nWhat one query gets from two words that say 1 and 2, if the mask for them is")
+    print(f"{'':34}True True  True False  False True  False False")
+    for name, output in (
+        ("scaled_dot_product_attention, here", scaled_dot_product_attention(Q, K, V, mask)[0]),
+        ("F.scaled_dot_product_attention", F.scaled_dot_product_attention(Q, K, V, mask)),
+        ("nn.MultiheadAttention", theirs(Q, K, V, attn_mask=mask)[0]),
+        ("softmax(scores + mask.log()) @ V", (Q @ K.mT + mask.float().log()).softmax(dim=-1) @ V),
+        ("softmax(scores + mask) @ V", (Q @ K.mT + mask.float()).softmax(dim=-1) @ V),
+    ):
+        print("{:34}{:9.2f}{:12.2f}{:12.2f}{:13.2f}".format(name, *output.flatten().tolist()))
+    print("True forbids in nn.MultiheadAttention. A mask that is added must be 0 and -∞, for 1")
+    print("and 0 hide nothing. Where all is forbidden, -∞ makes NaN, but zeros in the first two.")
+
+
+def show_heads(T: int = 10, d_model: int = 64) -> None:
+    """Print what any number of heads costs."""
+    print("\nWhy many heads: each may look elsewhere, and all of them cost what one would")
+    print("   heads     d_k   parameters   operations in matrix products")
+    x = torch.randn(1, T, d_model)
+    for num_heads in (1, 2, 4, 8):
+        heads = MultiHeadAttention(d_model, num_heads)
+        with FlopCounterMode(display=False) as counter:
+            heads(x, x, x, need_weights=True)
+        parameters = sum(p.numel() for p in heads.parameters())
+        print(f"{num_heads:8}{d_model // num_heads:8}{parameters:13,}", end="")
+        print(f"{counter.get_total_flops():32,}")
 
 
 def draw_attention(weights: Tensor, digits: str) -> Figure:
-    """Draw the same, with one panel a head and the digits on the axes."""
+    """Draw weights (H, T, T), a panel a head, with the digits on the axes."""
     figure = Figure(figsize=(4 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), squeeze=False)[0]
+    ticks = range(len(digits))
     for head, (axes, picture) in enumerate(zip(panels, weights, strict=True), start=1):
         axes.imshow(picture.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=f"head {head}", xlabel="looks at", ylabel="position")
-        axes.set_xticks(range(len(digits)), digits)
-        axes.set_yticks(range(len(digits)), digits)
+        axes.set(title=f"head {head}", xlabel="looks at", ylabel="digit")
+        axes.set_xticks(ticks, digits)
+        axes.set_yticks(ticks, digits)
     return figure
 
 
@@ -318,30 +397,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     out = ROOT / "runs/attention"
+    parser.add_argument("--explain", metavar="SENTENCE", help="only follow this one")
     parser.add_argument("--steps", type=int, default=500, help="batches to train on")
-    parser.add_argument("--batch-size", type=int, default=128, help="sequences a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--device", default=device, help="where to compute")
     parser.add_argument("--out", type=Path, default=out, help="folder for the results")
     args = parser.parse_args(argv)
-    numbers_fit = args.steps >= 1 and args.batch_size >= 1 and 0 < args.lr < math.inf
-    if not numbers_fit or not 0 <= args.seed < 2**63:
-        parser.error("--steps and --batch-size from 1, --lr above 0, --seed from 0, please")
+    if not (args.steps >= 1 and 0 < args.lr < math.inf and 0 <= args.seed < 2**63):
+        parser.error("--steps from 1, --lr above 0, --seed from 0, please")
+    sentence = SENTENCE if args.explain is None else args.explain
+    words = unicodedata.normalize("NFC", sentence).split()  # one é, however it was typed
+    if not words:
+        parser.error("argument --explain: there is no word in it")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         parser.error(f"argument --device: {args.device!r} can't be used here")
     started = time.perf_counter()
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
-        show_sentence(["the", "cat", "sees", "the", "dog"])
+        if len(words) > MAX_WORDS:
+            print(f"The first {MAX_WORDS} of {len(words)} words; no more fit in 100 columns.")
+        show_walk(words[:MAX_WORDS])
+        if args.explain is not None:
+            return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            show_scaling()
+            show_positions()
+            show_masks()
+            show_heads()
 
         model = Reverser().to(args.device)
         parameters = sum(p.numel() for p in model.parameters())
         print(f"\n{parameters:,} parameters learn to reverse sequences of digits on {args.device}.")
-        losses = train(model, args.steps, args.batch_size, args.lr)
+        losses = train(model, args.steps, args.lr)
         exact = evaluate(model)
         print(f"The loss fell from {losses[0]:.4f} to {losses[-1]:.4f}. Of 1,000 new ones each:")
         print("digits      " + "".join(f"{length:8}" for length in exact))
@@ -354,7 +445,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = weights[0].cpu()  # (H, T, T)
         text, guess = ("".join(map(str, x[0].tolist())) for x in (digits, logits.argmax(dim=-1)))
         print(f"\n{text} reversed is {guess}. Where each digit looks, in the last layer:")
-        show_attention(weights, text)
+        titles = [f"head {head}" for head in range(1, len(weights) + 1)]
+        print_pictures(titles, weights, text)
 
         metrics = {
             "settings": vars(args), "torch": torch.__version__, "python": sys.version.split()[0],

@@ -2,10 +2,10 @@
 """The whole Transformer learns to read dates in many languages, or to translate your own text.
 
 Run `poetry run src/transformer.py`. It is the network of Vaswani et al. 2017, "Attention Is All You
-Need" (arXiv 1706.03762), on the attention of attention.py; sections in brackets are the paper's. It
-reads `12 de octubre de 1968` as `1968-10-12`; with `--data DIR --from de --to en` it learns from
-train.de, train.en and so on instead. Results go to runs/transformer/, where `--translate "12 mars
-2021"` finds them and `--resume` goes on. Several machines: `poetry run torchrun src/transformer.py`.
+Need" (arXiv 1706.03762), on the attention of attention.py, and reads `12 de octubre de 1968` as
+`1968-10-12`. With `--data DIR --from de --to en` it learns from train.de, train.en, val.de, and on,
+instead. Results go to runs/transformer/, where `--translate "12 mars 2021"` finds them and
+`--resume` goes on. `poetry run torchrun --nproc-per-node 2 src/transformer.py` uses two processes.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -73,7 +74,10 @@ class Settings:
     epoch_dates: int = 50_000  # that are drawn anew in each
 
 
-TEXT = Settings(d_model=256, num_layers=3, d_ff=512, dropout=0.3, vocab_size=8000, epochs=20)
+TEXT = Settings(
+    d_model=256, num_layers=3, d_ff=512, dropout=0.2, norm_first=True, vocab_size=6000,
+    batch_tokens=4096, warmup=800, epochs=13,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,6 @@ class Corpus:
     train: Callable[[int], list[Pair]]
     validation: list[Pair]
     tests: dict[str, list[Pair]]
-    skipped: int = 0  # pairs with an empty side
 
 
 @dataclass
@@ -132,12 +135,9 @@ def date_corpus(settings: Settings, seed: int) -> Corpus:
         random = Random(f"{seed} {epoch}")
         return draw(random.choices(days, k=settings.epoch_dates), random)
 
-    tests_of = {language: tests[i :: len(LANGUAGES)] for i, language in enumerate(LANGUAGES)}
-    return Corpus(
-        train,
-        draw(validation, Random(1)),
-        {name: draw_dates(days, [name] * len(days), Random(2)) for name, days in tests_of.items()},
-    )
+    split = {language: tests[i :: len(LANGUAGES)] for i, language in enumerate(LANGUAGES)}
+    tests = {name: draw_dates(days, [name] * len(days), Random(2)) for name, days in split.items()}
+    return Corpus(train, draw(validation, Random(1)), tests)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -161,15 +161,12 @@ def read_pairs(folder: Path, split: str, languages: Sequence[str]) -> list[Pair]
 
 
 def text_corpus(folder: Path, languages: Sequence[str]) -> Corpus:
-    """Read train.*, val.* and every test*.* of two languages. Raises OSError if that can't be done."""
+    """Read train.*, val.* and every test*.* of two languages. Raises OSError if one is broken."""
     train, validation = (read_pairs(folder, split, languages) for split in ("train", "val"))
-    whole = [pair for pair in train if pair[0].strip() and pair[1].strip()]
     found = (path.name.removesuffix(".gz") for path in folder.glob(f"test*.{languages[0]}*"))
     names = sorted({name.removesuffix(f".{languages[0]}") for name in found})
-    if not names or not whole or not validation:
-        raise OSError(f"{folder} needs sentences in train.*, val.* and test*.*")
     tests = {name: read_pairs(folder, name, languages) for name in names}
-    return Corpus(lambda epoch: whole, validation, tests, len(train) - len(whole))
+    return Corpus(lambda epoch: train, validation, tests)
 
 
 @dataclass
@@ -351,13 +348,20 @@ def open_tokenizer(text: str) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[tuple[Ids, Ids]]:
-    """Give the tokens of source and target, which end in EOS; the target begins with BOS."""
-    sources, targets = (tokenizer.encode_batch_fast(side) for side in zip(*pairs, strict=True))
-    both = zip(sources, targets, strict=True)
-    return [([*source.ids, EOS], [BOS, *target.ids, EOS]) for source, target in both]
+    """Give the tokens of source and target, which end in EOS; the target begins with BOS.
+
+    Leaves out the pairs of which a side is empty or longer than MAX_LENGTH.
+    """
+    sources, targets = (tokenizer.encode_batch_fast([*side]) for side in zip(*pairs, strict=True))
+    both = ((source.ids, target.ids) for source, target in zip(sources, targets, strict=True))
+    return [
+        ([*source, EOS], [BOS, *target, EOS])
+        for source, target in both
+        if source and target and max(len(source), len(target)) < MAX_LENGTH
+    ]
 
 
-def make_batches(pairs: Sequence[tuple[Ids, Ids]], tokens: int, random: Random) -> list[Ids]:
+def make_batches(pairs: Sequence[tuple[Ids, Ids]], tokens: int, random: Random) -> list[list[int]]:
     """Group the indices of pairs of like length, so that a batch has `tokens` with its padding."""
     size = [len(source) + len(target) for source, target in pairs]
     batches = [[]]
@@ -386,23 +390,27 @@ def train_epoch(
 ) -> bool:  # fmt: skip
     """Train on an epoch from progress.batch on; return False if it was interrupted before the end.
 
-    Each of several processes does its share of every batch. Raises FloatingPointError if the loss is
-    no longer a finite number.
+    Each of several processes does its share of every batch. Raises FloatingPointError if the loss
+    is no longer a finite number.
     """
     device = next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     random = Random(f"{progress.seed} {progress.epoch}")
     batches = make_batches(pairs, settings.batch_tokens, random)
     model.train()
-    bar = tqdm(batches, initial=progress.batch, leave=False, disable=None if rank == 0 else True)
-    for batch in islice(bar, progress.batch, None):
+    bar = tqdm(
+        batches[progress.batch :], initial=progress.batch, total=len(batches), unit="batch",
+        leave=False, disable=None if rank == 0 else True,
+    )  # fmt: skip
+    for batch in bar:
         nothing = ([PAD], [PAD, PAD])
         share = [pairs[i] for i in batch[rank::world]] or [nothing]
         source, target = (pad(side, device) for side in zip(*share, strict=True))
         count = sum(len(pairs[i][1]) - 1 for i in batch)
         torch.manual_seed(hash((progress.seed, progress.step, rank)) % 2**63)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(progress.step + 1, settings.d_model, settings.warmup)
+        left = 1 - (progress.epoch + progress.batch / len(batches)) / settings.epochs
+        for group in optimizer.param_groups:  # falls to 0, which the paper's rate alone does not
+            group["lr"] = left * rate(progress.step + 1, settings.d_model, settings.warmup)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(source, target[:, :-1])
             loss = F.cross_entropy(
@@ -420,7 +428,7 @@ def train_epoch(
         progress.count += count
         progress.step += 1
         progress.batch += 1
-        if interrupted.is_set():
+        if rank == 0 and interrupted.is_set():
             return progress.batch == len(batches)
     return True
 
@@ -444,8 +452,8 @@ def search(
 ) -> list[Ids]:
     """Find the likeliest targets of the source (B, S), without BOS and EOS; beam 1 is greedy.
 
-    Keeps the `beam` best at every step by log P / lp, where lp = ((5 + length) / 6)^alpha, Wu et al.
-    2016, equation 14. A target is at most twice as long as the source, and 20 tokens.
+    Keeps the `beam` best at every step by log P / lp, where lp = ((5 + length) / 6)^alpha, equation
+    14 of Wu et al. 2016. A target is at most twice as long as the longest source, and 20 tokens.
     """
     B, limit = len(source), min(2 * source.shape[1] + 20, MAX_LENGTH)
     first = torch.arange(B, device=source.device).unsqueeze(1) * beam  # row of a source's best
@@ -485,8 +493,8 @@ def translate(
     ids = [[*encoding.ids, EOS] for encoding in tokenizer.encode_batch_fast(lines)]
     device = model.embedding.weight.device
     found = [None if len(line) > MAX_LENGTH else "" for line in ids]
-    order = [i for i in sorted(range(len(ids)), key=lambda i: len(ids[i])) if lines[i].strip()]
-    order = [i for i in order if found[i] is not None]
+    order = [i for i, line in enumerate(lines) if line.strip() and found[i] is not None]
+    order.sort(key=lambda i: len(ids[i]))
     for start in range(0, len(order), 100):
         rows = order[start : start + 100]
         targets = search(model, pad((ids[i] for i in rows), device), beam)
@@ -541,36 +549,64 @@ def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
             about = file.metadata()
             tokenizer = open_tokenizer(about["tokenizer"])
             model = make_model(Settings(**json.loads(about["settings"])), tokenizer)
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
     except Exception as error:  # a broken file can fail at any of these steps
         raise OSError(f"no model of this script, train one first: {path}: {error}") from error
     return model, tokenizer
 
 
+def save_checkpoint(
+    path: Path, run: dict[str, object], progress: Progress, tokenizer: Tokenizer, model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:  # fmt: skip
+    """Write all that it takes to go on as if nothing had happened."""
+    state = {
+        "run": run, "progress": asdict(progress), "tokenizer": tokenizer.to_str(),
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getvalue())
+
+
 def open_checkpoint(path: Path, run: dict[str, object]) -> dict[str, object]:
-    """Read a checkpoint of the same run. Raises OSError if there is none, or names the difference."""
+    """Read what `save_checkpoint` wrote. Raises OSError if it isn't that or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         old = state["run"]
     except Exception as error:  # likewise
         raise OSError(f"nothing to resume: {path}: {error}") from error
-    different = [
-        f"{name} {old.get(name)}, not {new}" for name, new in run.items() if old.get(name) != new
-    ]
-    if different:
-        raise OSError(f"{path} is of another run: it has {', '.join(different)}")
+    changes = [f"{name} was {old.get(name)}" for name in run if old.get(name) != run[name]]
+    if changes:
+        raise OSError(f"{path} is of another run: {', '.join(changes)}")
     return state
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Let Ctrl-C set an event, so that no step is left half done."""
+    event = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def change(settings: Settings, changes: Sequence[str]) -> Settings:
     """Change settings, each by `name=value`. Raises ValueError if one makes no sense."""
     values = asdict(settings)
     for name, _, text in (change.partition("=") for change in changes):
-        kind = type(values.get(name))
-        value = {"true": True, "false": False}.get(text) if kind is bool else kind(text)
-        if value is None or not (0 <= value < 1 if name == "dropout" else value >= (kind is int)):
-            raise ValueError(f"{name}={text}")
+        kind = type(values.get(name, ""))
+        try:
+            value = {"true": True, "false": False}[text] if kind is bool else kind(text)
+            if not (0 <= value < 1 if name == "dropout" else value >= (kind is int)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{name}={text} is no setting, or no value for it") from None
         values[name] = value
+    if values["d_model"] % values["num_heads"]:
+        raise ValueError("d_model can't be divided into num_heads")
     return Settings(**values)
 
 
@@ -636,7 +672,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="change Settings, see there"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--device", type=torch.device, default=device, help="where to compute")
+    parser.add_argument("--device", default=device, help="where to compute")
     parser.add_argument("--out", type=Path, default=out, help="folder for the results")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--translate", metavar="TEXT", help="only translate; - reads lines")
@@ -647,119 +683,105 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.data and not args.data.is_dir():
         parser.error(f"argument --data: there is no folder {args.data}")
     try:
-        torch.zeros(1, device=args.device).item()
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         parser.error(f"argument --device: {args.device!r} can't be used here")
     try:
         settings = change(TEXT if args.data else Settings(), args.set)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         parser.error(f"argument --set: {error}")
+    if device.type == "cpu":  # products in bfloat16 where that is faster, as the fused one is not
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cuda.enable_flash_sdp(False)
     started, model_path = time.perf_counter(), args.out / "model.safetensors"
-    interrupted, main_process = threading.Event(), int(os.environ.get("RANK", 0)) == 0
+    checkpoint, main_process = args.out / "checkpoint.pt", os.environ.get("RANK", "0") == "0"
     try:
         if args.translate is not None:
             model, tokenizer = open_model(model_path)
             lines = sys.stdin if args.translate == "-" else [args.translate]
-            print_translations(model.to(args.device), tokenizer, lines, args.beam)
+            print_translations(model.to(device), tokenizer, lines, args.beam)
             return 0
 
         args.out.mkdir(parents=True, exist_ok=True)
         languages = (args.source, args.target)
-        corpus = (
-            text_corpus(args.data, languages) if args.data else date_corpus(settings, args.seed)
-        )
         run = asdict(settings) | {"seed": args.seed, "data": str(args.data), "languages": languages}
-        checkpoint = args.out / "checkpoint.pt"
         state = open_checkpoint(checkpoint, run) if args.resume else None
+        if args.data:
+            corpus = text_corpus(args.data, languages)
+        else:
+            corpus = date_corpus(settings, args.seed)
+        first = corpus.train(0)
         if state:
             tokenizer = open_tokenizer(state["tokenizer"])
         else:
-            texts = (text for pair in corpus.train(0) for text in pair)
+            texts = (text for pair in first for text in pair)
             tokenizer = make_tokenizer(texts, settings.vocab_size, words=bool(args.data))
+        pairs, validation = encode(tokenizer, first), encode(tokenizer, corpus.validation)
+        if not pairs or not validation:
+            raise OSError(f"{args.data} has no sentences to train or to validate on")
 
-        torch.manual_seed(args.seed)
-        model, progress = make_model(settings, tokenizer), Progress(args.seed)
-        if state:
-            model.load_state_dict(state["model"])
-            progress = Progress(**state["progress"])
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group()
-            if args.device.type != "cpu":
-                args.device = torch.device(args.device.type, int(os.environ["LOCAL_RANK"]))
-        model.to(args.device)
+            if device.type != "cpu":
+                device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.manual_seed(args.seed)
+        model, progress = make_model(settings, tokenizer).to(device), Progress(args.seed)
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
         if state:
+            model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            progress = Progress(**state["progress"])
         trained = DistributedDataParallel(model) if dist.is_initialized() else model
-        validation = encode(tokenizer, corpus.validation)
-        handler = (lambda *_: interrupted.set()) if main_process else signal.SIG_IGN
-        previous = signal.signal(signal.SIGINT, handler)
-
         if main_process:
+            if len(pairs) < len(first):
+                left_out = f"{len(first) - len(pairs):,} of {len(first):,} pairs are left out"
+                print(f"{left_out}: empty, or longer than {MAX_LENGTH} tokens")
             parameters = sum(p.numel() for p in model.parameters())
-            print(f"{parameters:,} parameters, {tokenizer.get_vocab_size():,} tokens")
+            print(f"{parameters:,} parameters on {device}, {len(pairs):,} pairs an epoch\n")
             print("epoch  training loss  validation loss  seconds")
         while progress.epoch < settings.epochs:
             start = time.perf_counter()
-            pairs = encode(tokenizer, corpus.train(progress.epoch))
-            whole = train_epoch(trained, optimizer, pairs, settings, progress, interrupted)
-            if whole:
+            if not args.data:
+                pairs = encode(tokenizer, corpus.train(progress.epoch))
+            with interruptible() as interrupted:
+                if train_epoch(trained, optimizer, pairs, settings, progress, interrupted):
+                    training = progress.loss / progress.count
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+                    progress.loss = progress.count = 0
+                    if main_process:
+                        loss = evaluate(model, validation, settings.batch_tokens)
+                        seconds = time.perf_counter() - start
+                        progress.rows.append([progress.epoch, training, loss, seconds])
+                        print("{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*progress.rows[-1]))
+                        if loss < progress.best:
+                            progress.best = loss
+                            save_model(model_path, model, tokenizer, settings)
                 if main_process:
-                    loss = evaluate(model, validation, settings.batch_tokens)
-                    row = (
-                        progress.epoch + 1,
-                        progress.loss / progress.count,
-                        loss,
-                        time.perf_counter() - start,
-                    )
-                    progress.rows.append(row)
-                    print("{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*row), flush=True)
-                    if loss < progress.best:
-                        progress.best = loss
-                        save_model(model_path, model, tokenizer, settings)
-                progress.epoch, progress.batch, progress.loss, progress.count = (
-                    progress.epoch + 1,
-                    0,
-                    0.0,
-                    0,
-                )
-            if main_process:
-                state = {
-                    "run": run,
-                    "progress": asdict(progress),
-                    "tokenizer": tokenizer.to_str(),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                write(checkpoint, buffer.getvalue())
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, previous)
+                    save_checkpoint(checkpoint, run, progress, tokenizer, model, optimizer)
+                    if interrupted.is_set():
+                        print(f"{parser.prog}: stopped; --resume goes on", file=sys.stderr)
+                        return 130
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if not main_process:
             return 0
 
         model, tokenizer = open_model(model_path)
-        model.to(args.device)
         found = {}
         for name, pairs in corpus.tests.items():
-            texts = translate(model, tokenizer, [source for source, _ in pairs], args.beam)
+            texts = translate(model.to(device), tokenizer, [text for text, _ in pairs], args.beam)
             found[name] = [text or "" for text in texts]
         scores = (print_bleu if args.data else print_dates)(corpus.tests, found)
         metrics = {
-            "settings": run,
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "epochs": progress.rows,
-            "test": scores,
-            "seconds": time.perf_counter() - started,
-        }
+            "settings": run, "torch": torch.__version__, "python": sys.version.split()[0],
+            "epochs": progress.rows, "test": scores, "seconds": time.perf_counter() - started,
+        }  # fmt: skip
         example = next(iter(corpus.tests.values()))[0]
         write(args.out / "losses.png", draw_losses(progress.rows))
         write(args.out / "attention.png", draw_attention(model, tokenizer, *example))
         write(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
-        print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
+        print(f"\nSaved in {args.out} after {metrics['seconds']:.1f} s")
     except (OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

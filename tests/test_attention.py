@@ -1,6 +1,8 @@
 import importlib
 import json
 import math
+import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -123,11 +125,46 @@ def test_no_head_makes_nan_of_an_empty_sequence(need_weights):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_scores_make_no_nan(dtype):
-    Q = K = 1e2 * torch.eye(4, dtype=dtype)
-    output, weights = A.scaled_dot_product_attention(Q, K, K, A.causal_mask(4))
-    assert output.isfinite().all()
-    assert torch.equal(weights.argmax(dim=-1), torch.arange(4))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_ten_thousand_make_no_nan(dtype, sign):
+    Q = K = 141 * torch.eye(4, dtype=dtype)  # the scores are 141² / √4 = 9940.5 or 0
+    Q = (sign * Q).requires_grad_()
+    for mask in (None, A.causal_mask(4), torch.zeros(4, 4, dtype=torch.bool)):
+        output, weights = A.scaled_dot_product_attention(Q, K, K, mask)
+        assert output.isfinite().all()
+        assert gradients(output, Q)[0].isfinite().all()
+        if mask is None:
+            assert weights.argmax(dim=-1).tolist() == ([0, 1, 2, 3] if sign > 0 else [1, 0, 0, 0])
+
+
+@settings(deadline=None, max_examples=20)
+@given(constant=st.integers(-100, 100), T=sizes, S=sizes, seed=st.integers(0, 999))
+def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(constant, T, S, seed):
+    torch.manual_seed(seed)
+    Q, K, V = (torch.randn(n, 4, dtype=torch.float64) for n in (T, S, S))
+    # One more feature, 1 in each query, adds the same number to all scores of a row.
+    more_Q = torch.cat((Q, torch.ones(T, 1)), dim=1) * math.sqrt(5 / 4)
+    more_K = torch.cat((K, torch.full((S, 1), float(constant))), dim=1)
+    mask = A.causal_mask(max(T, S))[:T, :S]
+    found = A.scaled_dot_product_attention(more_Q, more_K, V, mask)
+    torch.testing.assert_close(found, A.scaled_dot_product_attention(Q, K, V, mask))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_one_word_gets_its_own_value(need_weights):
+    torch.manual_seed(0)
+    heads, x = A.MultiHeadAttention(8, 2), torch.randn(2, 1, 8)
+    output, weights = heads(x, x, x, A.causal_mask(1), need_weights)
+    torch.testing.assert_close(output, heads.W_o(F.linear(x, heads.W_qkv.weight[16:])))
+    assert weights is None or weights.eq(1).all()
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_where_there_is_nothing_to_attend_to_the_output_is_zero(need_weights):
+    heads, x, nothing = A.MultiHeadAttention(8, 2), torch.randn(2, 3, 8), torch.zeros(2, 0, 8)
+    for mask in (None, torch.ones(3, 0, dtype=torch.bool)):
+        assert heads(x, nothing, nothing, mask, need_weights)[0].eq(0).all()
+        assert heads(nothing, x, x, None, need_weights)[0].shape == (2, 0, 8)
 
 
 @pytest.mark.parametrize(
@@ -170,25 +207,15 @@ def test_positional_encoding_is_that_of_section_3_5(d_model):
     np.testing.assert_allclose(A.positional_encoding(50, d_model).numpy(), expected, atol=1e-5)
 
 
-def test_self_attention_projects_and_attends():
-    torch.manual_seed(0)
-    head = A.SelfAttention(6, 4)
-    x = torch.randn(2, 5, 6)
-    output, weights = head(x)
-    assert (output.shape, weights.shape) == ((2, 5, 4), (2, 5, 5))
-    Q, K, V = (x @ W.weight.T for W in (head.W_q, head.W_k, head.W_v))
-    torch.testing.assert_close(output, F.scaled_dot_product_attention(Q, K, V))
-    assert sum(p.numel() for p in head.parameters()) == 3 * 6 * 4
-
-
 def test_words_in_another_order_give_the_same_outputs_in_that_order():
     torch.manual_seed(0)
-    head = A.SelfAttention(6, 4).double()
-    x = torch.randn(5, 6, dtype=torch.float64)
-    order = torch.randperm(5)
-    torch.testing.assert_close(head(x[order])[0], head(x)[0][order])
+    heads = A.MultiHeadAttention(6, 2).double()
+    x, order = torch.randn(1, 5, 6, dtype=torch.float64), torch.randperm(5)
     placed = A.positional_encoding(5, 6).double()
-    assert not torch.allclose(head(x[order] + placed)[0], head(x + placed)[0][order])
+    before, after = (heads(y, y, y)[0] for y in (x, x[:, order]))
+    torch.testing.assert_close(after, before[:, order])
+    before, after = (heads(y, y, y)[0] for y in (x + placed, x[:, order] + placed))
+    assert not torch.allclose(after, before[:, order])
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -238,14 +265,18 @@ def test_dropout_is_for_training_only():
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_the_future_changes_nothing(need_weights):
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_masked_changes_nothing_in_training_and_in_use(need_weights, training):
     torch.manual_seed(0)
-    heads = A.MultiHeadAttention(8, 2)
+    heads = A.MultiHeadAttention(8, 2).train(training)
     x = torch.randn(2, 5, 8)
     changed = torch.cat((x[:, :3], torch.randn(2, 2, 8)), dim=1)
-    outputs = [heads(y, y, y, A.causal_mask(5), need_weights)[0] for y in (x, changed)]
-    assert torch.equal(outputs[0][:, :3], outputs[1][:, :3])
-    assert not torch.equal(outputs[0][:, 3:], outputs[1][:, 3:])
+    future, padding = A.causal_mask(5), A.padding_mask(torch.tensor([3, 3]), 5)
+    for mask in (future, padding, future & padding):
+        before, after = (heads(y, y, y, mask, need_weights)[0] for y in (x, changed))
+        assert torch.equal(before[:, :3], after[:, :3])
+        assert not torch.equal(before[:, 3:], after[:, 3:])
+    torch.testing.assert_close(before, heads.train(not training)(x, x, x, mask)[0])
 
 
 def test_what_stands_after_the_end_changes_nothing():
@@ -281,7 +312,7 @@ def test_the_answers_are_the_digits_reversed(unseen):
 
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
-    losses = A.train(A.Reverser(d_model=32), steps=60, batch_size=32, lr=3e-3)
+    losses = A.train(A.Reverser(d_model=32), steps=60, lr=3e-3, batch_size=16)
     assert len(losses) == 60
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.2
 
@@ -290,7 +321,7 @@ def test_a_loss_that_is_no_number_stops_the_training():
     model = A.Reverser(d_model=16)
     nn.init.constant_(model.to_logits.bias, math.nan)
     with pytest.raises(FloatingPointError, match=r"nan.*--lr"):
-        A.train(model, steps=3, batch_size=8, lr=1e-3)
+        A.train(model, steps=3, lr=1e-3, batch_size=8)
 
 
 def test_evaluate_counts_whole_sequences():
@@ -311,18 +342,42 @@ def test_evaluate_counts_whole_sequences():
     assert exact == {4: 1.0, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0, 9: 0.0, 10: 0.0}
 
 
+FORMULAS = (
+    "x ", "W_q ", "W_k ", "W_v ", "Q = x W_q ", "K = x W_k ", "V = x W_v ",
+    "QKᵀ ", "QKᵀ/√d_k ", "softmax(QKᵀ/√d_k) ", "softmax(QKᵀ/√d_k)V ",
+)  # fmt: skip
+AWKWARD = "🙂 שלום a\tb 日本語 e\u0301 \x1b[31mred \u202eabc Donaudampfschifffahrt مرحبا\ud800"
+
+
+def numbers(text):
+    return [
+        float(number) for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?|nan", text.replace(",", ""))
+    ]
+
+
+def cells(line):
+    """Count the cells of a line in a terminal."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+    none = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in line)
+    return len(line) + wide - none
+
+
+def walk(capsys, words):
+    """Return the blocks that show_walk prints, and their numbers, without names and pictures."""
+    torch.manual_seed(0)
+    A.show_walk(words)
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    rows = [[re.findall(r"(?<= )-?\d+\.\d\d", line) for line in b.split("\n")[3:]] for b in blocks]
+    return blocks, [np.array(matrix, dtype=float) for matrix in rows]
+
+
 def test_it_runs_end_to_end_and_saves_what_it_says(run_script, tmp_path):
     done = run_script("attention.py", "--steps", 2, "--device", "cpu", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
-    for formula in (
-        "Q = x W_q",
-        "K = x W_k",
-        "V = x W_v",
-        "QKᵀ ",
-        "QKᵀ/√d_k ",
-        "softmax(QKᵀ/√d_k)V",
-    ):
-        assert f"\n{formula}" in done.stdout
+    places = [done.stdout.index(f"\n{formula}") for formula in FORMULAS]
+    assert places == sorted(places)
+    for section in ("Why √d_k", "Why positions", "Masks", "Why many heads"):
+        assert f"\n{section}: " in done.stdout
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert f"to {metrics['loss']:.4f}. Of" in done.stdout
     assert list(metrics["exact"]) == [str(n) for n in range(A.MIN_DIGITS, A.MAX_DIGITS + 1)]
@@ -330,19 +385,145 @@ def test_it_runs_end_to_end_and_saves_what_it_says(run_script, tmp_path):
     A.Reverser().load_state_dict(safetensors.torch.load_file(tmp_path / "out/model.safetensors"))
 
 
-def test_the_printed_matrices_follow_the_formula(capsys):
-    torch.manual_seed(0)
-    A.show_sentence(["the", "cat", "sees", "the", "dog"])
-    blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]
-    x, Q, K, V, scores, scaled, weights, output = (
-        np.array([[float(number) for number in line.split()[1:]] for line in block[2:]])
-        for block in blocks
-    )
+def test_the_walk_follows_the_formula(capsys):
+    blocks, matrices = walk(capsys, ["the", "cat", "sees", "the", "dog"])
+    assert [block.startswith(formula) for block, formula in zip(blocks, FORMULAS, strict=True)]
+    x, W_q, W_k, W_v, Q, K, V, scores, scaled, weights, output = matrices
+    for block, matrix in zip(blocks, matrices, strict=True):
+        assert f" = {matrix.shape}\n" in block
     assert (x[0] == x[3]).all()
-    np.testing.assert_allclose(scores, Q @ K.T, atol=0.05)
+    for found, W in ((Q, W_q), (K, W_k), (V, W_v)):
+        np.testing.assert_allclose(found, x @ W, atol=0.06)
+    np.testing.assert_allclose(scores, Q @ K.T, atol=0.06)
     np.testing.assert_allclose(scaled, scores / 2, atol=0.01)
     np.testing.assert_allclose(weights, attention_by_loops(Q, K, V)[1], atol=0.02)
-    np.testing.assert_allclose(output, weights @ V, atol=0.05)
+    np.testing.assert_allclose(output, weights @ V, atol=0.06)
+    pictures = [line.split("  ")[-1][::2] for line in blocks[9].split("\n")[3:]]
+    assert pictures == ["".join("·░▒▓█"[round(4 * w)] for w in row) for row in weights]
+
+
+@pytest.mark.parametrize(
+    "sentence", ["one", "a a", " ".join("abcdefghij"), AWKWARD, "🙂 " * 9, "語" * 40, "é́" * 40]
+)
+def test_every_word_keeps_the_walk_in_shape(sentence, capsys):
+    words = sentence.split()
+    blocks, matrices = walk(capsys, words)
+    for block, matrix in zip(blocks, matrices, strict=True):
+        _, _, header, *rows = block.split("\n")
+        assert {cells(header)} == {8 + 7 * matrix.shape[1]}
+        picture = 2 + 2 * len(words) if "░" in block.split("\n")[1] else 0
+        assert {cells(row) for row in rows} == {8 + 7 * matrix.shape[1] + picture}
+        assert max(cells(line) for line in block.split("\n")) <= 100
+        for line in block.split("\n"):
+            assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in line)
+            assert line.count("\u2068") == line.count("\u2069")
+            assert "\u202e" not in line
+
+
+def test_an_accent_makes_the_same_word_however_it_is_typed(capsys):
+    assert A.main(["--explain", "e\u0301 \u00e9"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")[0].strip().split("\n")[3:]
+    assert first == second
+
+
+def test_explain_only_walks_and_says_what_it_leaves_out(tmp_path, capsys):
+    assert A.main(["--explain", "word " * 40, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The first 10 of 40 words;")
+    assert ("\nx   (T, d) = (10, 6)\n" in out, "Why" in out) == (True, False)
+    assert max(map(len, out.splitlines())) == 100
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "expected"),
+    [
+        ("cat", 6, "   cat"),
+        ("kitten", 6, "kitten"),
+        ("kittens", 6, "kitte…"),
+        ("日本", 6, "  日本"),
+        ("日本語", 6, "日本語"),
+        ("日本語x", 6, " 日本…"),
+        ("e\u0301", 3, "  e\u0301"),
+        ("\u05d0\u05d1", 4, "  \u2068\u05d0\u05d1\u2069"),
+        ("a\x1b\u202eb\ud800", 4, "  ab"),
+        ("\u200b", 2, "  "),
+    ],
+)
+def test_a_label_fills_its_cells(name, width, expected):
+    assert A.label(name, width) == expected
+
+
+def test_the_scaling_table_shows_what_the_paper_only_asserts(capsys):
+    torch.manual_seed(0)
+    A.show_scaling()
+    rows = [numbers(line) for line in capsys.readouterr().out.splitlines()[4:10]]
+    assert [row[0] for row in rows] == [1, 4, 16, 64, 256, 1024]
+    d_k, variance, entropy, gradient, scaled_variance, *scaled = np.array(rows).T
+    np.testing.assert_allclose(variance, d_k, rtol=0.1)
+    np.testing.assert_allclose(scaled_variance, 1, rtol=0.1)
+    assert (np.diff(entropy) < 0).all()
+    assert (gradient[3:] < gradient[2:-1]).all()
+    assert gradient[-1] < gradient[0] / 3
+    for column in scaled:
+        np.testing.assert_allclose(column, column[0], rtol=0.15)
+
+
+def test_the_gradient_of_the_scaling_table_is_autograds():
+    e = torch.randn(5, dtype=torch.float64)
+    a = e.softmax(dim=0)
+    expected = torch.autograd.functional.jacobian(lambda e: e.softmax(dim=0), e)
+    torch.testing.assert_close(a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2), expected)
+
+
+@torch.no_grad()
+def test_order_matters_with_positions_only(capsys):
+    torch.manual_seed(0)
+    A.show_positions()
+    without, with_them = (numbers(line)[0] for line in capsys.readouterr().out.splitlines()[2:])
+    assert without < 1e-5 < 1e-2 < with_them
+
+
+@torch.no_grad()
+def test_the_mask_table_tells_what_each_function_makes_of_a_mask(capsys):
+    A.show_masks()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5:10] == [
+        "   1  ██········   1  ██████····   1  ██········",
+        "   2  ████······   2  ██████····   2  ████······",
+        "   3  ██████····   3  ██████····   3  ██████····",
+        "   4  ████████··   4  ██████····   4  ██████····",
+        "   5  ██████████   5  ██████····   5  ██████····",
+    ]
+    found = {line[:34].strip(): line[34:].split() for line in lines[13:18]}
+    assert found == {
+        "scaled_dot_product_attention, here": ["1.50", "1.00", "2.00", "0.00"],
+        "F.scaled_dot_product_attention": ["1.50", "1.00", "2.00", "0.00"],
+        "nn.MultiheadAttention": ["nan", "2.00", "1.00", "1.50"],
+        "softmax(scores + mask.log()) @ V": ["1.50", "1.00", "2.00", "nan"],
+        "softmax(scores + mask) @ V": ["1.50", "1.27", "1.73", "1.50"],
+    }
+
+
+@torch.no_grad()
+def test_any_number_of_heads_costs_the_same(capsys):
+    A.show_heads()
+    rows = [numbers(line) for line in capsys.readouterr().out.splitlines()[3:]]
+    T, d = 10, 64
+    operations = 2 * T * d * 3 * d + 2 * T * T * d * 2 + 2 * T * d * d
+    assert rows == [[h, d / h, 4 * d * d, operations] for h in (1, 2, 4, 8)]
+
+
+def test_pictures_stand_side_by_side(capsys):
+    A.print_pictures(
+        ["one", "two"], torch.tensor([[[0, 1], [0.25, 0.5]], [[0.75, 0.1], [1, 0]]]), "ab"
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "       one       two",
+        "       a b       a b",
+        "   a  ··██   a  ▓▓··",
+        "   b  ░░▒▒   b  ██··",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +531,8 @@ def test_the_printed_matrices_follow_the_formula(capsys):
     [
         ["--steps", "0"],
         ["--lr", "0"],
-        ["--batch-size", "0"],
+        ["--explain", ""],
+        ["--explain", " \t\n"],
         ["--seed", str(2**63)],
         ["--device", "abacus"],
     ],
@@ -373,7 +555,7 @@ def test_a_folder_that_cannot_be_made_ends_in_one_line_and_status_1(tmp_path, ca
 def test_it_learns_to_reverse_every_unseen_sequence(seed):
     torch.manual_seed(seed)
     model = A.Reverser()
-    A.train(model, steps=500, batch_size=128, lr=3e-3)
+    A.train(model, steps=500, lr=3e-3)
     assert set(A.evaluate(model, count=1000).values()) == {1.0}
 
 
