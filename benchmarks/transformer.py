@@ -185,9 +185,9 @@ def compare(
         assert math.isclose(a, b, rel_tol=0.01), f"that is not the same work: {losses}"
     tokens = sum(len(source) + len(target) - 1 for source, target in pairs)
     print(
-        f"{name}  {len(batches):5} {1000 * theirs / len(batches):14.1f} "
+        f"{name}  {len(batches):5} {1000 * theirs / len(batches):15.1f} "
         f"{1000 * mine / len(batches):6.1f} {theirs / mine:6.2f} {tokens / mine:9,.0f} "
-        f"{1000 * limit / len(batches):9.1f} {limit / mine:14.0%}   "
+        f"{1000 * limit / len(batches):6.1f} {limit / mine:11.0%}  "
         f"{losses[-1][0]:.5f} and {losses[-1][1]:.5f}"
     )
     return ours
@@ -211,13 +211,19 @@ def decode(model: nn.Module, B: int, device: str) -> None:
 def main() -> None:
     """Print the tables."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    number = "bf16 autocast" if device == "cuda" else "float32"
-    print(f"PyTorch {torch.__version__} on {device}, {torch.get_num_threads()} threads, {number};")
-    print(f"milliseconds, medians of {ROUNDS}.\n")
-    print("data   steps  nn.Transformer   ours  ratio  tokens/s  products  products/ours  losses")
-    compare("dates", DATES, *draw_dates(), device)
-    model = compare("text ", TEXT, *draw_sentences(), device)
-    print(f"\nDecoding {DECODED} tokens with the network for text:")
+    print(f"PyTorch {torch.__version__} on {device}, {torch.get_num_threads()} threads;")
+    print(f"milliseconds, medians of {ROUNDS}; products as the script does them, and in float32.\n")
+    print(
+        "data  products  steps  nn.Transformer   ours  ratio  tokens/s  limit  limit/ours  losses"
+    )
+    for name, settings, data in (("dates", DATES, draw_dates()), ("text", TEXT, draw_sentences())):
+        for kind in ("bfloat16",) if device == "cuda" else ("bfloat16", "float32"):
+            if device == "cpu":
+                precision = "medium" if kind == "bfloat16" else "highest"
+                torch.set_float32_matmul_precision(precision)
+                torch.backends.cuda.enable_flash_sdp(kind == "float32")
+            model = compare(f"{name:5} {kind:8}", settings, *data, device)
+    print(f"\nDecoding {DECODED} tokens with the network for text, in float32:")
     print("batch  without cache  with cache   ratio")
     for B in BATCHES:
         decode(model, B, device)
