@@ -12,11 +12,12 @@ POETRY := .poetry/bin/python -m poetry
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
 
 help:
-	@echo 'make demo       set up, then run the three scripts'
+	@echo 'make demo       set up, then run the four scripts'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
 	@echo 'make lint       set up, then check style and format'
 	@echo 'make bench      set up, then measure this beside its peers'
+	@echo 'make docs       set up, then run the scripts and draw the pictures of the README again'
 	@echo 'make clean      remove what was set up; the data and the results stay'
 	@echo 'Each takes PYTHON=python3.13 or the like; the default is python3.'
 
@@ -24,6 +25,7 @@ demo: $(VENV_READY)
 	$(POETRY) run src/pytorch-hello.py
 	$(POETRY) run src/fashion-mnist.py
 	$(POETRY) run src/attention.py
+	$(POETRY) run src/transformer.py
 
 test: $(VENV_READY)
 	$(POETRY) run pytest
@@ -38,6 +40,13 @@ lint: $(VENV_READY)
 
 bench: $(VENV_READY)
 	for file in benchmarks/*.py; do $(POETRY) run "$$file" || exit; done
+
+docs: demo
+	cp runs/fashion-mnist/history.png docs/history.png
+	cp runs/fashion-mnist/confusion.png docs/confusion.png
+	cp runs/fashion-mnist/mistakes.png docs/mistakes.png
+	cp runs/attention/attention.png docs/reversal.png
+	cp runs/transformer/attention.png docs/dates.png
 
 clean:
 	rm -rf .poetry .venv
@@ -66,4 +75,4 @@ $(VENV_READY): pyproject.toml poetry.lock | $(POETRY_READY)
 	@touch $@
 	@rm .poetry/installing
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench docs clean

@@ -626,21 +626,21 @@ def print_translations(
 def print_dates(tests: dict[str, list[Pair]], found: dict[str, list[str]]) -> dict[str, float]:
     """Print how many dates were read exactly, and examples, mistakes first; return the shares."""
     rows = [
-        (guess == answer, language, text, guess, answer)
+        (language, text, guess, answer)
         for language, pairs in tests.items()
         for (text, answer), guess in zip(pairs, found[language], strict=True)
     ]
-    exact = {"all": sum(row[0] for row in rows) / len(rows)}
-    for language in tests:
-        right = [row[0] for row in rows if row[1] == language]
-        exact[language] = sum(right) / len(right)
-    print(f"\nTest: {exact['all']:.2%} of {len(rows):,} dates, on days never trained on")
-    names = list(tests)
-    for start in range(0, len(names), 9):
-        print("  ".join(f"{name} {exact[name]:6.1%}" for name in names[start : start + 9]))
+    wrong = [row for row in rows if row[2] != row[3]]
+    exact = {"all": 1 - len(wrong) / len(rows)}
+    for language, pairs in tests.items():
+        exact[language] = 1 - sum(row[0] == language for row in wrong) / len(pairs)
+    print(f"\nTest: {exact['all']:.2%} of {len(rows):,} dates exactly, on days never trained on")
+    for start in range(0, len(tests), 9):
+        names = list(tests)[start : start + 9]
+        print("  ".join(f"{name} {exact[name]:6.1%}" for name in names))
     print()
-    for right, language, text, guess, answer in sorted(rows, key=lambda row: row[0])[:8]:
-        print(f"{language}  {guess}  {'' if right else f'not {answer}':14}  {text}")
+    for language, text, guess, answer in (wrong + rows[:: len(rows) // 6])[:12]:
+        print(f"{language}  {guess}  {'' if guess == answer else f'not {answer}':14}  {text}")
     return exact
 
 
@@ -777,7 +777,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "settings": run, "torch": torch.__version__, "python": sys.version.split()[0],
             "epochs": progress.rows, "test": scores, "seconds": time.perf_counter() - started,
         }  # fmt: skip
-        example = next(iter(corpus.tests.values()))[0]
+        examples = next(iter(corpus.tests.values())) if args.data else corpus.tests["es"]
+        example = examples[0] if args.data else max(examples, key=lambda pair: len(pair[0]))
         write(args.out / "losses.png", draw_losses(progress.rows))
         write(args.out / "attention.png", draw_attention(model, tokenizer, *example))
         write(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
