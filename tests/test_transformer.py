@@ -984,6 +984,25 @@ def test_one_text_is_translated(saved, words, capsys):
 
 
 def test_dates_are_scored_by_exact_match(capsys):
+    tests = {name: [(f"{name} {i}", str(i)) for i in range(4)] for name in ("en", "fr")}
+    scores = T.print_dates(tests, {"en": ["0", "1", "2", "3"], "fr": ["0", "1", "7", "3"]})
+    assert scores == {"all": 0.875, "en": 1.0, "fr": 0.75}
+    _, shares, examples = capsys.readouterr().out.strip().split("\n", 2)
+    assert shares.split() == ["en", "100.0%", "fr", "75.0%"]
+    first, *others = examples.strip().splitlines()
+    assert first.split() == ["fr", "7", "not", "2", "fr", "2"]
+    assert others
+
+
+def test_one_text_is_translated(saved, words, capsys):
+    assert run_main("--out", saved, "--translate", "ein hund", "--beam", 2) == 0
+    model, tokenizer = T.open_model(saved / "model.safetensors")
+    expected = T.translate(model, tokenizer, ["ein hund"], beam=2)[0]
+    assert expected
+    assert capsys.readouterr() == (" ".join(expected.split("\n")) + "\n", "")
+
+
+def test_dates_are_scored_by_exact_match(capsys):
     tests = {"en": [("May 1", "1"), ("May 2", "2")], "fr": [("3 mai", "3"), ("4 mai", "4")]}
     scores = T.print_dates(tests, {"en": ["1", "7"], "fr": ["3", "4"]})
     assert scores == {"all": 0.75, "en": 0.5, "fr": 1.0}
@@ -1055,7 +1074,7 @@ LONG = ("--set", *TINY, "dropout=0.2", "batch_tokens=200", "epochs=20", "--beam"
 
 
 def wait_for_an_epoch(process):
-    assert any(line.startswith("    ") for line in process.stdout), process.stderr.read()
+    assert any(re.match(r" +\d", line) for line in process.stdout), process.stderr.read()
 
 
 def test_a_run_that_was_stopped_and_resumed_gives_the_same_weights(trained, tmp_path, capsys):
