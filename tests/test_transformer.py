@@ -994,23 +994,6 @@ def test_dates_are_scored_by_exact_match(capsys):
     assert others
 
 
-def test_one_text_is_translated(saved, words, capsys):
-    assert run_main("--out", saved, "--translate", "ein hund", "--beam", 2) == 0
-    model, tokenizer = T.open_model(saved / "model.safetensors")
-    expected = T.translate(model, tokenizer, ["ein hund"], beam=2)[0]
-    assert expected
-    assert capsys.readouterr() == (" ".join(expected.split("\n")) + "\n", "")
-
-
-def test_dates_are_scored_by_exact_match(capsys):
-    tests = {"en": [("May 1", "1"), ("May 2", "2")], "fr": [("3 mai", "3"), ("4 mai", "4")]}
-    scores = T.print_dates(tests, {"en": ["1", "7"], "fr": ["3", "4"]})
-    assert scores == {"all": 0.75, "en": 0.5, "fr": 1.0}
-    examples = capsys.readouterr().out.strip().splitlines()[-4:]
-    assert examples[0].split() == ["en", "7", "not", "2", "May", "2"]
-    assert not any("not" in line for line in examples[1:])
-
-
 def test_text_is_learned_end_to_end(trained, tmp_path, capsys):
     data, _ = trained
     out = tmp_path / "out"
@@ -1092,7 +1075,7 @@ def test_a_run_that_was_stopped_and_resumed_gives_the_same_weights(trained, tmp_
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_can_be_resumed(trained, tmp_path, capsys):
-    arguments = ("--data", trained[0], *LONG[:-3], "epochs=200", "--beam", 1)
+    arguments = ("--data", trained[0], *LONG[:-3], "epochs=100", "--beam", 1)
     checkpoint, random = tmp_path / "stopped/checkpoint.pt", Random(0)
     for _ in range(20):
         resume = ("--resume",) if checkpoint.exists() else ()
