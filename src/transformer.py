@@ -68,15 +68,15 @@ class Settings:
     dropout: float = 0.0
     norm_first: bool = False
     vocab_size: int = 2000  # at most
-    batch_tokens: int = 8192  # of source and target, with padding
+    batch_tokens: int = 4096  # of source and target, with padding
     warmup: int = 400  # steps
-    epochs: int = 8
+    epochs: int = 4
     epoch_dates: int = 50_000  # that are drawn anew in each
 
 
 TEXT = Settings(
-    d_model=256, num_layers=3, d_ff=512, dropout=0.2, norm_first=True, vocab_size=6000,
-    batch_tokens=4096, warmup=800, epochs=13,
+    d_model=256, num_layers=3, d_ff=512, dropout=0.2, norm_first=True, vocab_size=6000, warmup=800,
+    epochs=13,
 )  # fmt: skip
 
 
