@@ -52,6 +52,7 @@ LANGUAGES = (
 )  # fmt: skip
 FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
 TEST_DAYS, VALIDATION_DAYS = 5000, 1000  # on which no training date falls, in any language
+EXAMPLE = ("sábado, 12 de octubre de 1968", "1968-10-12")  # to draw
 
 Pair = tuple[str, str]  # source and target
 Ids = list[int]
@@ -163,9 +164,13 @@ def read_pairs(folder: Path, split: str, languages: Sequence[str]) -> list[Pair]
 def text_corpus(folder: Path, languages: Sequence[str]) -> Corpus:
     """Read train.*, val.* and every test*.* of two languages. Raises OSError if one is broken."""
     train, validation = (read_pairs(folder, split, languages) for split in ("train", "val"))
-    found = (path.name.removesuffix(".gz") for path in folder.glob(f"test*.{languages[0]}*"))
-    names = sorted({name.removesuffix(f".{languages[0]}") for name in found})
+    ending = f".{languages[0]}"
+    found = {path.name.removesuffix(".gz") for path in folder.glob("test*")}
+    names = sorted(name.removesuffix(ending) for name in found if name.endswith(ending))
     tests = {name: read_pairs(folder, name, languages) for name in names}
+    for pairs in (train, validation, [pair for test in tests.values() for pair in test]):
+        if not any(source.strip() and target.strip() for source, target in pairs):
+            raise OSError(f"{folder} needs sentences in train.*, val.* and test*.*")
     return Corpus(lambda epoch: train, validation, tests)
 
 
@@ -353,21 +358,22 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[tuple[Ids, Ids]]
     Leaves out the pairs of which a side is empty or longer than MAX_LENGTH.
     """
     sources, targets = (tokenizer.encode_batch_fast([*side]) for side in zip(*pairs, strict=True))
-    both = ((source.ids, target.ids) for source, target in zip(sources, targets, strict=True))
     return [
-        ([*source, EOS], [BOS, *target, EOS])
-        for source, target in both
-        if source and target and max(len(source), len(target)) < MAX_LENGTH
+        ([*source.ids, EOS], [BOS, *target.ids, EOS])
+        for pair, source, target in zip(pairs, sources, targets, strict=True)
+        if all(map(str.strip, pair)) and max(len(source), len(target)) < MAX_LENGTH
     ]
 
 
 def make_batches(pairs: Sequence[tuple[Ids, Ids]], tokens: int, random: Random) -> list[list[int]]:
-    """Group the indices of pairs of like length, so that a batch has `tokens` with its padding."""
-    size = [len(source) + len(target) for source, target in pairs]
-    batches = [[]]
-    for i in sorted(range(len(pairs)), key=lambda i: (size[i], random.random())):
-        if batches[-1] and (len(batches[-1]) + 1) * size[i] > tokens:
+    """Group the indices of pairs of like length: at most `tokens` a batch, with padding."""
+    lengths = [(len(source), len(target)) for source, target in pairs]
+    batches, widths = [[]], (0, 0)
+    for i in sorted(range(len(pairs)), key=lambda i: (sum(lengths[i]), random.random())):
+        widths = tuple(map(max, widths, lengths[i]))
+        if batches[-1] and (len(batches[-1]) + 1) * sum(widths) > tokens:
             batches.append([])
+            widths = lengths[i]
         batches[-1].append(i)
     random.shuffle(batches)
     return batches
@@ -524,8 +530,8 @@ def draw_attention(model: Transformer, tokenizer: Tokenizer, text: str, answer: 
     figure = Figure(figsize=(1 + len(source) / 4, 1 + len(target) / 4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(weights[0].mean(dim=0).cpu().numpy(), cmap="Blues")
-    axes.set_xticks(range(len(names[0])), names[0])
-    axes.set_yticks(range(len(names[1])), names[1])
+    axes.set_xticks(range(len(names[0])), names[0], parse_math=False)
+    axes.set_yticks(range(len(names[1])), names[1], parse_math=False)
     axes.set(xlabel="looks at", ylabel="writes")
     return figure
 
@@ -551,7 +557,8 @@ def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
             model = make_model(Settings(**json.loads(about["settings"])), tokenizer)
             model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
     except Exception as error:  # a broken file can fail at any of these steps
-        raise OSError(f"no model of this script, train one first: {path}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"no model of this script, train one first: {path}: {reason}") from error
     return model, tokenizer
 
 
@@ -575,7 +582,8 @@ def open_checkpoint(path: Path, run: dict[str, object]) -> dict[str, object]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         old = state["run"]
     except Exception as error:  # likewise
-        raise OSError(f"nothing to resume: {path}: {error}") from error
+        reason = str(error).partition("\n")[0] or "it is cut short"
+        raise OSError(f"nothing to resume: {path}: {reason}") from error
     changes = [f"{name} was {old.get(name)}" for name in run if old.get(name) != run[name]]
     if changes:
         raise OSError(f"{path} is of another run: {', '.join(changes)}")
@@ -639,7 +647,7 @@ def print_dates(tests: dict[str, list[Pair]], found: dict[str, list[str]]) -> di
         names = list(tests)[start : start + 9]
         print("  ".join(f"{name} {exact[name]:6.1%}" for name in names))
     print()
-    for language, text, guess, answer in (wrong + rows[:: len(rows) // 6])[:12]:
+    for language, text, guess, answer in (wrong + rows[:: len(rows) // 6 + 1])[:12]:
         print(f"{language}  {guess}  {'' if guess == answer else f'not {answer}':14}  {text}")
     return exact
 
@@ -699,7 +707,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.translate is not None:
             model, tokenizer = open_model(model_path)
-            lines = sys.stdin if args.translate == "-" else [args.translate]
+            lines = [args.translate]
+            if args.translate == "-":
+                lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8", errors="replace", newline="\n")
             print_translations(model.to(device), tokenizer, lines, args.beam)
             return 0
 
@@ -719,7 +729,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer = make_tokenizer(texts, settings.vocab_size, words=bool(args.data))
         pairs, validation = encode(tokenizer, first), encode(tokenizer, corpus.validation)
         if not pairs or not validation:
-            raise OSError(f"{args.data} has no sentences to train or to validate on")
+            raise OSError(f"{args.data}: all sentences of train.* or val.* are too long")
 
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group()
@@ -753,7 +763,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         loss = evaluate(model, validation, settings.batch_tokens)
                         seconds = time.perf_counter() - start
                         progress.rows.append([progress.epoch, training, loss, seconds])
-                        print("{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*progress.rows[-1]))
+                        row = "{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*progress.rows[-1])
+                        print(row, flush=True)
                         if loss < progress.best:
                             progress.best = loss
                             save_model(model_path, model, tokenizer, settings)
@@ -777,11 +788,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "settings": run, "torch": torch.__version__, "python": sys.version.split()[0],
             "epochs": progress.rows, "test": scores, "seconds": time.perf_counter() - started,
         }  # fmt: skip
-        examples = next(iter(corpus.tests.values())) if args.data else corpus.tests["es"]
-        example = examples[0] if args.data else max(examples, key=lambda pair: len(pair[0]))
-        write(args.out / "losses.png", draw_losses(progress.rows))
-        write(args.out / "attention.png", draw_attention(model, tokenizer, *example))
         write(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+        write(args.out / "losses.png", draw_losses(progress.rows))
+        example = next(pair for pair in corpus.validation if encode(tokenizer, [pair]))
+        example = example if args.data else EXAMPLE
+        write(args.out / "attention.png", draw_attention(model, tokenizer, *example))
         print(f"\nSaved in {args.out} after {metrics['seconds']:.1f} s")
     except (OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

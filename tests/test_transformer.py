@@ -1029,11 +1029,12 @@ def test_the_best_network_is_kept_and_not_the_last(trained, tmp_path, capsys, mo
         assert not torch.equal(tensor, weights[2][name])
 
 
-def test_input_that_is_no_text_ends_in_one_line(saved, monkeypatch, capsys):
-    raw = io.TextIOWrapper(io.BytesIO(b"ein hund\n\xff\xfe\n"), encoding="utf-8")
+def test_input_that_is_no_text_is_still_a_line(saved, monkeypatch, capsys):
+    raw = io.TextIOWrapper(io.BytesIO(b"\n\xff\xfe\n\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", raw)
-    assert run_main("--out", saved, "--translate", "-") == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert run_main("--out", saved, "--translate", "-") == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert (len(lines), lines[0], lines[2]) == (4, "", "")
 
 
 def resume_and_compare(arguments, tmp_path):
