@@ -40,15 +40,6 @@ SMALL = T.Settings(
 TINY = ("d_model=16", "num_heads=2", "num_layers=1", "d_ff=32", "dropout=0", "warmup=20")
 
 
-@pytest.fixture(autouse=True)
-def same_precision():
-    """Undo what main sets for the whole process."""
-    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
-
-
 def make(vocab_size=20, d_model=16, num_heads=2, num_layers=2, d_ff=24, dropout=0.0, **options):
     """Make a network in float64, the same every time, with no parameter at 0 or 1."""
     torch.manual_seed(0)
