@@ -2,9 +2,9 @@
 """Attention(Q, K, V) = softmax(QKᵀ/√d_k)V, step by step, with many heads, and then trained.
 
 Run `poetry run src/attention.py`. It follows a sentence through the formula (Vaswani et al. 2017,
-"Attention Is All You Need", arXiv 1706.03762), measures what each part is for, and trains a small
-network of such parts to reverse sequences of digits, all in about 15 s. Results go to
-runs/attention/. With `--explain "your own sentence"` it follows that one, and stops.
+"Attention Is All You Need", arXiv 1706.03762), measures what each part is for, and trains a network
+to reverse digits, all in about 15 s. Results go to runs/attention/. `--explain "a sentence"` only
+follows that one.
 """
 
 import argparse
@@ -12,10 +12,10 @@ import json
 import math
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from unicodedata import bidirectional, category, east_asian_width, normalize
 
 import safetensors.torch
 import torch
@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+OUT = Path(__file__).resolve().parent.parent / "runs/attention"
 SENTENCE, MAX_WORDS = "the cat sees the dog", 10  # as many as fit in 100 columns
 MIN_DIGITS, MAX_DIGITS = 4, 10  # in a sequence
 IGNORED = -100  # an answer that the loss leaves out
@@ -35,10 +35,11 @@ Attended = tuple[Tensor, Tensor | None]  # the output, and the weights if they w
 
 def check_shapes(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> None:
     """Raise ValueError that names the shapes, unless Q, K, V and the mask go together."""
-    T, S = Q.shape[-2], K.shape[-2]
-    shapes = f"Q {tuple(Q.shape)}, K {tuple(K.shape)}, V {tuple(V.shape)}"
-    if Q.shape[-1] != K.shape[-1] or V.shape[-2] != S:
+    fewest = min(Q.dim(), K.dim(), V.dim())
+    if fewest < 2 or Q.shape[-1] != K.shape[-1] or K.shape[-2] != V.shape[-2]:
+        shapes = f"Q {tuple(Q.shape)}, K {tuple(K.shape)}, V {tuple(V.shape)}"
         raise ValueError(f"{shapes} are not (..., T, d_k), (..., S, d_k), (..., S, d_v)")
+    T, S = Q.shape[-2], K.shape[-2]
     broadcast = ((T, S), (1, S), (T, 1), (1, 1))
     if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] not in broadcast):
         raise ValueError(f"a mask of {mask.dtype} {tuple(mask.shape)} is not (..., {T}, {S}) bool")
@@ -82,16 +83,13 @@ def positional_encoding(T: int, d_model: int) -> Tensor:
 
 
 class MultiHeadAttention(nn.Module):
-    """Concat(head_1, ..., head_h)W_o, section 3.2.2, with d_k = d_model / num_heads.
-
-    Raises ValueError if d_model can't be divided so.
-    """
+    """Concat(head_1, ..., head_h)W_o, section 3.2.2. Raises ValueError unless h divides d_model."""
 
     def __init__(self, d_model: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if d_model % num_heads:
             raise ValueError(f"d_model {d_model} can't be divided into {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads = num_heads  # h, and H in shapes; d_k = d_model / h
         self.dropout = dropout
         self.W_qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # W_q, W_k, W_v of all heads
         self.W_o = nn.Linear(d_model, d_model, bias=False)
@@ -112,10 +110,7 @@ class MultiHeadAttention(nn.Module):
         return self.attend(Q, K, V, mask, need_weights)
 
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Multiply x (B, T, d_model) by W_q, W_k and W_v, or those from `first` up to `last`.
-
-        Returns Q, K and V of all heads, or those of them, in one tensor (3, B, H, T, d_k).
-        """
+        """Give [Q, K, V][first:last] of x (B, T, d_model) in one: (last - first, B, H, T, d_k)."""
         W = self.W_qkv.weight
         if last - first < 3:  # else no slice, whose gradient would be copied into that of the whole
             W = W[first * x.shape[-1] : last * x.shape[-1]]
@@ -176,13 +171,11 @@ class Reverser(nn.Module):
 
 
 def draw_sequences(lengths: Tensor, unseen: bool) -> tuple[Tensor, Tensor]:
-    """Draw random digits, and reverse the first lengths[b] of them: lengths (B,) up to MAX_DIGITS.
+    """Draw digits and answers (B, MAX_DIGITS): the first lengths[b] reversed, then IGNORED.
 
-    Returns digits (B, MAX_DIGITS) and answers (B, MAX_DIGITS), which are IGNORED after the end.
     Digits that add up to a multiple of ten are kept for the `unseen` sequences.
     """
-    position = torch.arange(MAX_DIGITS)
-    last = lengths.unsqueeze(1) - 1
+    position, last = torch.arange(MAX_DIGITS), lengths.unsqueeze(1) - 1
     digits = torch.randint(10, (len(lengths), MAX_DIGITS))
     before = digits.masked_fill(position >= last, 0).sum(dim=1, keepdim=True)
     remainder = 0 if unseen else torch.randint(1, 10, last.shape)
@@ -192,10 +185,7 @@ def draw_sequences(lengths: Tensor, unseen: bool) -> tuple[Tensor, Tensor]:
 
 
 def train(model: Reverser, steps: int, lr: float, batch_size: int = 128) -> list[float]:
-    """Train on new sequences in every step; return the loss of each.
-
-    Raises FloatingPointError when the loss is no longer a finite number.
-    """
+    """Train and return the loss of each step. Raises FloatingPointError if one is not finite."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
@@ -225,22 +215,18 @@ def evaluate(model: Reverser, count: int = 1000) -> dict[int, float]:
     digits, answers = (x.to(device) for x in draw_sequences(lengths, unseen=True))
     logits, _ = model.eval()(digits, lengths.to(device))
     exact = ((logits.argmax(dim=-1) == answers) | (answers == IGNORED)).all(dim=1)
-    shares = exact.view(-1, count).double().mean(dim=1)
-    return dict(zip(every, shares.tolist(), strict=True))
+    return dict(zip(every, exact.view(-1, count).cpu().double().mean(dim=1).tolist(), strict=True))
 
 
 def label(name: str, width: int) -> str:
     """Set a name flush right in `width` cells of a terminal; cut it if it is too long for them."""
-    category = unicodedata.category
     name = "".join(c for c in name if category(c)[0] != "C")  # no controls, nothing invisible
-    cells = [  # marks above and below take none, Chinese characters and emoji two
-        0 if category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF")
-        for c in name
-    ]
+    # Marks above and below take no cell, Chinese characters and emoji two.
+    cells = [0 if category(c) in ("Mn", "Me") else 1 + (east_asian_width(c) in "WF") for c in name]
     if sum(cells) > width:
         kept = sum(end < width for end in accumulate(cells))
         name, cells = name[:kept] + "…", [*cells[:kept], 1]
-    if any(unicodedata.bidirectional(c) in ("R", "AL") for c in name):
+    if any(bidirectional(c) in ("R", "AL") for c in name):
         name = f"\u2068{name}\u2069"  # so that it can't turn the order of its neighbors around
     return " " * (width - sum(cells)) + name
 
@@ -356,23 +342,21 @@ def show_heads(T: int = 10, d_model: int = 64) -> None:
     x = torch.randn(1, T, d_model)
     for num_heads in (1, 2, 4, 8):
         heads = MultiHeadAttention(d_model, num_heads)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as flops:
             heads(x, x, x, need_weights=True)
         parameters = sum(p.numel() for p in heads.parameters())
-        print(f"{num_heads:8}{d_model // num_heads:8}{parameters:13,}", end="")
-        print(f"{counter.get_total_flops():32,}")
+        print(f"{num_heads:8}{d_model // num_heads:8}{parameters:13,}{flops.get_total_flops():32,}")
 
 
 def draw_attention(weights: Tensor, digits: str) -> Figure:
     """Draw weights (H, T, T), a panel a head, with the digits on the axes."""
     figure = Figure(figsize=(4 * len(weights), 4), layout="constrained")
-    panels = figure.subplots(1, len(weights), squeeze=False)[0]
-    ticks = range(len(digits))
-    for head, (axes, picture) in enumerate(zip(panels, weights, strict=True), start=1):
-        axes.imshow(picture.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for head, picture in enumerate(weights, start=1):
+        axes = figure.add_subplot(1, len(weights), head)
+        axes.imshow(picture.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.set(title=f"head {head}", xlabel="looks at", ylabel="digit")
-        axes.set_xticks(ticks, digits)
-        axes.set_yticks(ticks, digits)
+        axes.set_xticks(range(len(digits)), digits)
+        axes.set_yticks(range(len(digits)), digits)
     return figure
 
 
@@ -387,7 +371,7 @@ def write(path: Path, content: bytes | Figure) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error.strerror}") from error
+        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,18 +380,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    out = ROOT / "runs/attention"
     parser.add_argument("--explain", metavar="SENTENCE", help="only follow this one")
     parser.add_argument("--steps", type=int, default=500, help="batches to train on")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=out, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
     args = parser.parse_args(argv)
     if not (args.steps >= 1 and 0 < args.lr < math.inf and 0 <= args.seed < 2**63):
         parser.error("--steps from 1, --lr above 0, --seed from 0, please")
     sentence = SENTENCE if args.explain is None else args.explain
-    words = unicodedata.normalize("NFC", sentence).split()  # one é, however it was typed
+    words = normalize("NFC", sentence).split()  # one é, however it was typed
     if not words:
         parser.error("argument --explain: there is no word in it")
     try:
@@ -441,12 +424,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = torch.tensor([MAX_DIGITS])
         digits, _ = draw_sequences(length, unseen=True)
         with torch.inference_mode():
-            logits, weights = model(digits.to(args.device), length.to(args.device), True)
-        weights = weights[0].cpu()  # (H, T, T)
+            logits, (weights,) = model(digits.to(args.device), length.to(args.device), True)
         text, guess = ("".join(map(str, x[0].tolist())) for x in (digits, logits.argmax(dim=-1)))
         print(f"\n{text} reversed is {guess}. Where each digit looks, in the last layer:")
-        titles = [f"head {head}" for head in range(1, len(weights) + 1)]
-        print_pictures(titles, weights, text)
+        print_pictures([f"head {n + 1}" for n in range(len(weights))], weights, text)
 
         metrics = {
             "settings": vars(args), "torch": torch.__version__, "python": sys.version.split()[0],

@@ -3,15 +3,13 @@
 
 Run `poetry run src/fashion-mnist.py`. It trains on pictures of 28x28 pixels (Xiao, Rasul and
 Vollgraf 2017, arXiv 1708.07747), reports on a validation split after every epoch and on the test
-set once, at the end, and saves the network and pictures in runs/fashion-mnist/. After that,
-`poetry run src/fashion-mnist.py --predict photo.jpg` says what a photo shows.
+set once, and fills runs/fashion-mnist/. Then `--predict photo.jpg` says what a photo shows.
 """
 
 import argparse
 import gzip
 import json
 import math
-import struct
 import subprocess
 import sys
 import time
@@ -54,7 +52,7 @@ def read_idx(path: Path, *size: int) -> Tensor:
     start = 4 * (2 + len(size))
     count, rest = divmod(len(raw) - start, math.prod(size))
     header = (0x801 + len(size), count, *size)  # bytes, in 1 + len(size) dimensions
-    if count < 1 or rest or raw[:start] != struct.pack(f">{len(header)}I", *header):
+    if count < 1 or rest or raw[:start] != np.array(header, ">u4").tobytes():
         raise OSError(f"{path} is broken: {len(raw)} bytes are no IDX file of {('N', *size)} bytes")
     return torch.frombuffer(raw, dtype=torch.uint8, offset=start).view(count, *size)
 
@@ -73,24 +71,23 @@ def load(folder: Path, train: bool) -> Split:
 def download(folder: Path, seconds: float = 30.0) -> None:
     """Let torchvision download the data (30 MB) to `folder`, which must end in FashionMNIST/raw.
 
-    It gets a process of its own, because it would wait on a dead network without end. Raises
-    OSError if it fails or is not done after `seconds`.
+    It has no timeout, so it gets a process of its own and `seconds`. Raises OSError if it fails.
     """
     code = "import sys, torchvision as t; t.datasets.FashionMNIST(sys.argv[1], download=True)"
-    command = [sys.executable, "-c", code, str(folder.parent.parent)]
+    command = [sys.executable, "-c", code, folder.parents[1]]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"download: not done after {seconds:.0f} s") from None
     except subprocess.CalledProcessError as error:
-        raise OSError(f"download: {error.stderr.strip().splitlines()[-1]}") from None
+        reason = error.stderr.strip().rpartition("\n")[2]
+        raise OSError(f"download: {reason}") from None
 
 
 def find_data(given: Path | None = None) -> tuple[Path, Split, Split, list[str]]:
     """Read the data from the folder that is given, or else the first whole copy to be found.
 
-    Returns its folder, the training and the test split, and what was wrong with the places before.
-    Raises OSError if there is none.
+    Returns its folder, the training and the test split, and what failed before, or raises OSError.
     """
     problems = []
     for folder, fetch in ((RAW, False), (DEBIAN, False), (RAW, True)) if not given else ():
@@ -109,31 +106,27 @@ def find_data(given: Path | None = None) -> tuple[Path, Split, Split, list[str]]
 def prepare(image: Image.Image) -> Tensor:
     """Turn a photo of a garment into a picture as in the data set: uint8 (28, 28), light on black.
 
-    After section 2 of Xiao, Rasul and Vollgraf 2017: what differs by 5 % or less from the color of
-    the corners is background and trimmed, the longer side becomes 28 pixels, the shorter one is
-    extended, and a light background turns black.
+    After section 2 of Xiao, Rasul and Vollgraf 2017: what is within 5 % of the corners' color is
+    trimmed as background, the longer side becomes 28 pixels, and a light background turns black.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # which Pillow would clip, not scale
         image = image.point(lambda value: value / 256).convert("L")
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
-    corners = [image.getpixel((x, y)) for x in (0, image.width - 1) for y in (0, image.height - 1)]
-    background = sorted(corners)[2]
+    background = sorted(image.getpixel((x, y)) for x in (0, -1) for y in (0, -1))[2]
     if background > 127:
         image, background = ImageOps.invert(image), 255 - background
     scale = 255 / (255 - background)
     image = image.point([(v > background + 13) * (v - background) * scale for v in range(256)])
-    image = ImageOps.pad(image.crop(image.getbbox()), (28, 28))
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(28, 28)
+    return torch.from_numpy(np.array(ImageOps.pad(image.crop(image.getbbox()), (28, 28))))
 
 
 class FeedForward(nn.Module):
     """Three linear layers: images (B, 28, 28) uint8 -> logits (B, 10).
 
-    It normalizes the pixels itself, so that training and use can't differ; their square root tells
-    dark garments from the black around them. A layer before batch normalization (Ioffe and Szegedy
-    2015) needs no bias, for that brings its own.
+    Square roots of the pixels tell dark garments from black. They are taken and normalized here, so
+    training and use can't differ. Batch normalization (Ioffe and Szegedy 2015) adds the biases.
     """
 
     def __init__(self, width: int = 512) -> None:
@@ -151,8 +144,7 @@ class FeedForward(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Give the logits (B, 10) of images (B, 28, 28) uint8."""
-        x = (images / 255).sqrt().sub_(MEAN).div_(STD)
-        return self.layers(x.to(self.layers[1].weight.dtype))
+        return self.layers((images / 255).sqrt().sub_(MEAN).div_(STD))
 
 
 def augment(images: Tensor) -> Tensor:
@@ -171,8 +163,7 @@ def train_epoch(
 ) -> float:  # fmt: skip
     """Train on every picture once, augmented and in random order; return the mean loss.
 
-    A batch has `batch_size` pictures or, so that none is left over, a few more.
-    Raises FloatingPointError if the loss is no longer a finite number.
+    A batch has `batch_size` pictures or more. Raises FloatingPointError if the loss isn't finite.
     """
     model.train()
     order = torch.randperm(len(images)).to(images.device)
@@ -203,7 +194,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return the mean cross-entropy, in nats, and the accuracy, between 0 and 1."""
     logits = predict(model, images)
-    accuracy = (logits.argmax(dim=1) == labels).double().mean()
+    accuracy = (logits.argmax(dim=1) == labels).cpu().double().mean()
     return F.cross_entropy(logits, labels).item(), accuracy.item()
 
 
@@ -222,21 +213,19 @@ def draw_history(rows: Sequence[Sequence[float]]) -> Figure:
 def draw_confusion(confusion: Tensor) -> Figure:
     """Draw how often each class (row) was taken for each class (column)."""
     figure = Figure(figsize=(7, 6.5), layout="constrained")
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"xlabel": "what the network said", "ylabel": "what it was"})
     axes.imshow(confusion.sqrt().numpy(), cmap="Blues")
     for (i, j), count in np.ndenumerate(confusion.numpy()):
         axes.text(j, i, count, ha="center", va="center", color="white" if i == j else "black")
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(len(CLASSES)), CLASSES)
-    axes.set(xlabel="what the network said", ylabel="what it was")
     return figure
 
 
 def draw_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Figure:
     """Draw the 24 mistakes that cost most: what the network said, and what it was."""
     guesses, losses = logits.argmax(dim=1), F.cross_entropy(logits, labels, reduction="none")
-    wrong = (guesses != labels).nonzero().squeeze(1)
-    worst = wrong[losses[wrong].argsort(descending=True)]
+    worst = (i for i in losses.argsort(descending=True) if guesses[i] != labels[i])
     figure = Figure(figsize=(9, 7), layout="constrained")
     panels = figure.subplots(4, 6, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
     for axes, i in zip(panels.flat, worst, strict=False):
@@ -263,14 +252,11 @@ def write(path: Path, content: bytes | Figure) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error.strerror}") from error
+        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 def print_photos(path: Path, photos: Sequence[Path]) -> int:
-    """Print what the network at `path` sees and says; return 1 if a photo can't be read, else 0.
-
-    Raises OSError if there is no such network.
-    """
+    """Name photos; return 1 if one fails, else 0. Raises OSError if `path` holds no network."""
     model, status = FeedForward(), 0
     try:
         model.load_state_dict(safetensors.torch.load(path.read_bytes()))
@@ -286,30 +272,26 @@ def print_photos(path: Path, photos: Sequence[Path]) -> int:
             status = 1
             continue
         show_picture(picture)
-        best = predict(model, picture.unsqueeze(0)).softmax(dim=1)[0].topk(3)
-        answers = zip(best.indices, best.values, strict=True)
-        print(f"{photo}: " + ", ".join(f"{CLASSES[i]} {p:.1%}" for i, p in answers))
+        best = zip(*predict(model, picture.unsqueeze(0)).softmax(dim=1)[0].topk(3), strict=True)
+        print(f"{photo}: " + ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in best))
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, report and save, or name what photos show; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    out = ROOT / "runs/fashion-mnist"
-    parser.add_argument("--data", type=Path, help="folder of the four files; else looked for")
-    parser.add_argument("--sample", action="store_true", help="use the bundled sample")
-    parser.add_argument("--epochs", type=int, default=16, help="passes over the pictures")
-    parser.add_argument("--batch-size", type=int, default=500, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=out, help="folder for the results")
-    parser.add_argument(
-        "--predict", type=Path, nargs="+", metavar="PICTURE", help="only name photos"
-    )
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of the four files; else looked for")
+    add("--sample", action="store_true", help="use the bundled sample")
+    add("--epochs", type=int, default=16, help="passes over the pictures")
+    add("--batch-size", type=int, default=500, help="pictures a step")
+    add("--lr", type=float, default=6e-3, help="highest learning rate")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--device", default=device, help="where to compute")
+    add("--out", type=Path, default=ROOT / "runs/fashion-mnist", help="folder for the results")
+    add("--predict", type=Path, nargs="+", metavar="PICTURE", help="only name photos")
     args = parser.parse_args(argv)
     numbers_fit = args.epochs >= 1 and args.batch_size >= 2 and 0 < args.lr < math.inf
     if not numbers_fit or not 0 <= args.seed < 2**63:
@@ -340,8 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validation = [tensor[order[kept:]].to(args.device) for tensor in train]
         model = FeedForward().to(args.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-        steps = args.epochs * max(1, kept // args.batch_size)
-        steps = max(6, steps)  # with 5, a fifth of them for the rise, OneCycleLR divides by zero
+        steps = max(6, args.epochs * max(1, kept // args.batch_size))  # OneCycleLR fails at 5 steps
         schedule = OneCycleLR(
             optimizer, args.lr, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
         )
@@ -357,10 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("{:5}  {:13.4f}  {:15.4f}  {:8.2%}  {:7.1f}".format(*rows[-1]))
 
         logits, labels = predict(model, test[0].to(args.device)).cpu(), test[1]
-        guesses = logits.argmax(dim=1)
-        accuracy = (guesses == labels).double().mean().item()
-        confusion = (labels * len(CLASSES) + guesses).bincount(minlength=len(CLASSES) ** 2)
-        confusion = confusion.view(len(CLASSES), -1)  # rows: what it was; columns: what was said
+        was, said = (F.one_hot(x, len(CLASSES)) for x in (labels, logits.argmax(dim=1)))
+        confusion = was.T @ said  # rows: what it was; columns: what the network said
+        accuracy = confusion.trace().item() / len(labels)
         precision, recall = (confusion.diag() / confusion.sum(dim=d).clamp(min=1) for d in (0, 1))
         classes = list(zip(CLASSES, precision.tolist(), recall.tolist(), strict=True))
         print(f"\nTest: {accuracy:.2%} of {len(labels):,} pictures\n\n{'':11}  precision  recall")
