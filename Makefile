@@ -44,7 +44,9 @@ bench: $(VENV_READY)
 docs: demo
 	cp runs/fashion-mnist/history.png docs/history.png
 	cp runs/fashion-mnist/confusion.png docs/confusion.png
+	cp runs/fashion-mnist/answers.png docs/answers.png
 	cp runs/fashion-mnist/mistakes.png docs/mistakes.png
+	cp runs/attention/sentence.png docs/sentence.png
 	cp runs/attention/attention.png docs/reversal.png
 	cp runs/transformer/attention.png docs/dates.png
 

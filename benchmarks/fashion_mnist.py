@@ -59,8 +59,8 @@ def adamw(model: nn.Module) -> Optimizer:
 
 SETUPS = (
     (Quickstart, sgd, 64),
-    (fashion.FeedForward, adamw, 64),
-    (fashion.FeedForward, adamw, 500),
+    (fashion.Classifier, adamw, 64),
+    (fashion.Classifier, adamw, 500),
 )
 
 

@@ -76,7 +76,7 @@ def padding_mask(lengths: Tensor, T: int) -> Tensor:
 
 
 def positional_encoding(T: int, d_model: int) -> Tensor:
-    """Give sine and cosine of each position at d_model/2 frequencies, section 3.5: (T, d_model)."""
+    """Return sine and cosine of positions at d_model/2 frequencies, section 3.5: (T, d_model)."""
     frequency = 10_000 ** -(torch.arange(0, d_model, 2) / d_model)  # (d_model / 2,)
     angle = torch.arange(T).unsqueeze(1) * frequency  # (T, d_model / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :d_model]
@@ -110,11 +110,11 @@ class MultiHeadAttention(nn.Module):
         return self.attend(Q, K, V, mask, need_weights)
 
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Give [Q, K, V][first:last] of x (B, T, d_model) in one: (last - first, B, H, T, d_k)."""
+        """Return [Q, K, V][first:last] of x (B, T, d_model): (n = last - first, B, H, T, d_k)."""
         W = self.W_qkv.weight
-        if last - first < 3:  # else no slice, whose gradient would be copied into that of the whole
+        if last - first < 3:  # a slice's gradient would be copied into that of the whole
             W = W[first * x.shape[-1] : last * x.shape[-1]]
-        x = F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1))  # (B, T, 3, H, d_k)
+        x = F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1))  # (B, T, n, H, d_k)
         return x.movedim((2, 3), (0, 2))
 
     def attend(
@@ -133,20 +133,22 @@ class MultiHeadAttention(nn.Module):
         return self.W_o(output.transpose(1, 2).flatten(2)), weights
 
 
-class Layer(nn.Module):
+class EncoderLayer(nn.Module):
     """A layer of the encoder, section 3.1: attention, then a network for each position alone."""
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(d_model, num_heads)
-        self.grow, self.shrink = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model)
+        )
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor, mask: Tensor, need_weights: bool) -> Attended:
-        """Give x (B, T, d_model) after the layer, and the weights (B, H, T, T) if asked for."""
+        """Return x (B, T, d_model) after the layer, and the weights (B, H, T, T) if asked for."""
         attended, weights = self.attention(x, x, x, mask, need_weights)
         x = self.norm1(x + attended)
-        return self.norm2(x + self.shrink(self.grow(x).relu())), weights
+        return self.norm2(x + self.feed_forward(x)), weights
 
 
 class Reverser(nn.Module):
@@ -155,22 +157,24 @@ class Reverser(nn.Module):
     def __init__(self, d_model: int = 64, num_heads: int = 2, num_layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(10, d_model)
-        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # as large as the positions, then
-        self.layers = nn.ModuleList(Layer(d_model, num_heads) for _ in range(num_layers))
+        nn.init.normal_(
+            self.embedding.weight, std=d_model**-0.5
+        )  # so that, times √d_model, the positions are heard
+        self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads) for _ in range(num_layers))
+        self.register_buffer("positions", positional_encoding(MAX_DIGITS, d_model), False)
         self.to_logits = nn.Linear(d_model, 10)
 
     def forward(self, digits: Tensor, lengths: Tensor, need_weights: bool = False) -> Attended:
-        """Give the logits (B, T, 10) of digits (B, T) and the weights (B, H, T, T) of the end."""
-        T, d_model = digits.shape[1], self.embedding.embedding_dim
-        x = self.embedding(digits) * math.sqrt(d_model)  # section 3.4
-        x = x + positional_encoding(T, d_model).to(x)
-        mask = padding_mask(lengths, T)
+        """Return the logits (B, T, 10) of digits (B, T) and the weights (B, H, T, T) of the end."""
+        T = digits.shape[1]
+        x = self.embedding(digits) * math.sqrt(self.embedding.embedding_dim)  # section 3.4
+        x, mask = x + self.positions[:T], padding_mask(lengths, T)
         for layer in self.layers:
             x, weights = layer(x, mask, need_weights)
         return self.to_logits(x), weights
 
 
-def draw_sequences(lengths: Tensor, unseen: bool) -> tuple[Tensor, Tensor]:
+def sample_sequences(lengths: Tensor, unseen: bool) -> tuple[Tensor, Tensor]:
     """Draw digits and answers (B, MAX_DIGITS): the first lengths[b] reversed, then IGNORED.
 
     Digits that add up to a multiple of ten are kept for the `unseen` sequences.
@@ -188,12 +192,12 @@ def train(model: Reverser, steps: int, lr: float, batch_size: int = 128) -> list
     """Train and return the loss of each step. Raises FloatingPointError if one is not finite."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    schedule = OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     losses = []
     model.train()
     for _ in tqdm(range(steps), unit="step", leave=False, disable=None):
         lengths = torch.randint(MIN_DIGITS, MAX_DIGITS + 1, (batch_size,))
-        digits, answers = (x.to(device) for x in draw_sequences(lengths, unseen=False))
+        digits, answers = (x.to(device) for x in sample_sequences(lengths, unseen=False))
         logits, _ = model(digits, lengths.to(device))
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -212,7 +216,7 @@ def evaluate(model: Reverser, count: int = 1000) -> dict[int, float]:
     device = next(model.parameters()).device
     every = range(MIN_DIGITS, MAX_DIGITS + 1)
     lengths = torch.tensor(every).repeat_interleave(count)
-    digits, answers = (x.to(device) for x in draw_sequences(lengths, unseen=True))
+    digits, answers = (x.to(device) for x in sample_sequences(lengths, unseen=True))
     logits, _ = model.eval()(digits, lengths.to(device))
     exact = ((logits.argmax(dim=-1) == answers) | (answers == IGNORED)).all(dim=1)
     return dict(zip(every, exact.view(-1, count).cpu().double().mean(dim=1).tolist(), strict=True))
@@ -244,8 +248,8 @@ def print_pictures(titles: Sequence[str], pictures: Tensor, names: str) -> None:
         print("".join(f"   {name}  {shade(row)}" for row in rows.tolist()))
 
 
-def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
-    """Follow a sentence through the formula, with embeddings and weights drawn at random."""
+def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> Tensor:
+    """Follow a sentence of T words through the formula, at random; return the weights (T, T)."""
     vocabulary = sorted(set(words))
     x = torch.randn(len(vocabulary), d)[[vocabulary.index(word) for word in words]]  # (T, d)
     W_q, W_k, W_v = torch.randn(3, d, d_k) / math.sqrt(d)
@@ -258,16 +262,17 @@ def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
     for formula, matrix, rows, columns, reading in (
         ("x   (T, d)", x, words, features,
          "Row i is x⁽ⁱ⁾, the embedding of word i, here at random, but equal for equal words."),
-        ("W_q   (d, d_k)", W_q, features, parts, "Makes queries of embeddings. Training finds it."),
-        ("W_k   (d, d_k)", W_k, features, parts, "Makes keys of embeddings. Training finds it."),
-        ("W_v   (d, d_k)", W_v, features, parts, "Makes values of embeddings. Training finds it."),
+        ("W_q   (d, d_k)", W_q, features, parts,
+         "Turns embeddings into queries. Here at random; training would find it."),
+        ("W_k   (d, d_k)", W_k, features, parts, "Turns embeddings into keys, likewise."),
+        ("W_v   (d, d_k)", W_v, features, parts, "Turns embeddings into values, likewise."),
         ("Q = x W_q   (T, d_k)", Q, words, parts, "Row i is q_i = x⁽ⁱ⁾ W_q: what it looks for."),
         ("K = x W_k   (T, d_k)", K, words, parts, "Row i is k_i = x⁽ⁱ⁾ W_k: what it is found by."),
         ("V = x W_v   (T, d_k)", V, words, parts, "Row i is v_i = x⁽ⁱ⁾ W_v: what it has to say."),
         ("QKᵀ   (T, T)", scores, words, words,
          "Row i, column j is q_i · k_j: how well word j fits what word i looks for."),
         ("QKᵀ/√d_k   (T, T)", scores / math.sqrt(d_k), words, words,
-         f"The same over √{d_k} = {math.sqrt(d_k):g}, so that it is no larger where d_k is."),
+         f"The same over √{d_k} = {math.sqrt(d_k):g}, so that its size does not grow with d_k."),
         ("softmax(QKᵀ/√d_k)   (T, T)", weights, words, words,
          f"Row {row} says where {word} looks; the row sums to 1. ░ is ¼, ▒ ½, ▓ ¾, █ 1."),
         ("softmax(QKᵀ/√d_k)V   (T, d_k)", output, words, parts,
@@ -278,6 +283,7 @@ def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
         for name, numbers in zip(rows, matrix.tolist(), strict=True):
             picture = "  " + shade(numbers) if matrix is weights else ""
             print(label(name, 8) + "".join(f"{number:7.2f}" for number in numbers) + picture)
+    return weights
 
 
 def show_scaling() -> None:
@@ -348,15 +354,15 @@ def show_heads(T: int = 10, d_model: int = 64) -> None:
         print(f"{num_heads:8}{d_model // num_heads:8}{parameters:13,}{flops.get_total_flops():32,}")
 
 
-def draw_attention(weights: Tensor, digits: str) -> Figure:
-    """Draw weights (H, T, T), a panel a head, with the digits on the axes."""
+def draw_attention(weights: Tensor, names: Sequence[str]) -> Figure:
+    """Draw weights (H, T, T), a panel a head, with the names of what attends on the axes."""
     figure = Figure(figsize=(4 * len(weights), 4), layout="constrained")
     for head, picture in enumerate(weights, start=1):
         axes = figure.add_subplot(1, len(weights), head)
         axes.imshow(picture.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=f"head {head}", xlabel="looks at", ylabel="digit")
-        axes.set_xticks(range(len(digits)), digits)
-        axes.set_yticks(range(len(digits)), digits)
+        axes.set(title=f"head {head}", xlabel="looks at", ylabel="looks from")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
     return figure
 
 
@@ -376,9 +382,9 @@ def write(path: Path, content: bytes | Figure) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Walk through the formula, train, show and save; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    sys.stdout.reconfigure(encoding="utf-8")  # also into a pipe, or an old console
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     parser.add_argument("--explain", metavar="SENTENCE", help="only follow this one")
     parser.add_argument("--steps", type=int, default=500, help="batches to train on")
@@ -402,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(args.seed)
         if len(words) > MAX_WORDS:
             print(f"The first {MAX_WORDS} of {len(words)} words; no more fit in 100 columns.")
-        show_walk(words[:MAX_WORDS])
+        walk = show_walk(words[:MAX_WORDS])
         if args.explain is not None:
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
@@ -422,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("all correct " + "".join(f"{share:8.1%}" for share in exact.values()))
 
         length = torch.tensor([MAX_DIGITS])
-        digits, _ = draw_sequences(length, unseen=True)
+        digits, _ = sample_sequences(length, unseen=True)
         with torch.inference_mode():
             logits, (weights,) = model(digits.to(args.device), length.to(args.device), True)
         text, guess = ("".join(map(str, x[0].tolist())) for x in (digits, logits.argmax(dim=-1)))
@@ -435,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
         write(args.out / "attention.png", draw_attention(weights, text))
+        write(args.out / "sentence.png", draw_attention(walk.unsqueeze(0), words))
         write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
         print(f"\nSaved in {args.out} after {metrics['seconds']:.1f} s")
     except (OSError, FloatingPointError) as error:

@@ -3,7 +3,8 @@
 
 Run `poetry run src/fashion-mnist.py`. It trains on pictures of 28x28 pixels (Xiao, Rasul and
 Vollgraf 2017, arXiv 1708.07747), reports on a validation split after every epoch and on the test
-set once, and fills runs/fashion-mnist/. Then `--predict photo.jpg` says what a photo shows.
+set once, and fills runs/fashion-mnist/, all in about 25 s. Then `--predict photo.jpg` names what a
+photo shows.
 """
 
 import argparse
@@ -31,12 +32,12 @@ CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-MEAN, STD = 0.3572, 0.3981  # of the square roots of all training pixels, from 0 to 1
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = ROOT / "data/FashionMNIST/raw"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = ROOT / "data/fashion-mnist-sample"
+OUT = ROOT / "runs/fashion-mnist"
 Split = tuple[Tensor, Tensor]  # images (N, 28, 28) uint8, labels (N,) int64
 
 
@@ -122,11 +123,11 @@ def prepare(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(ImageOps.pad(image.crop(image.getbbox()), (28, 28))))
 
 
-class FeedForward(nn.Module):
+class Classifier(nn.Module):
     """Three linear layers: images (B, 28, 28) uint8 -> logits (B, 10).
 
-    Square roots of the pixels tell dark garments from black. They are taken and normalized here, so
-    training and use can't differ. Batch normalization (Ioffe and Szegedy 2015) adds the biases.
+    Square roots of the pixels tell dark garments from black. Batch normalization (Ioffe and Szegedy
+    2015) undoes any shift and scale, so what comes before it needs no bias and no normalization.
     """
 
     def __init__(self, width: int = 512) -> None:
@@ -143,8 +144,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the logits (B, 10) of images (B, 28, 28) uint8."""
-        return self.layers((images / 255).sqrt().sub_(MEAN).div_(STD))
+        """Return the logits (B, 10) of images (B, 28, 28) uint8."""
+        return self.layers(images.float().add_(1e-9).sqrt_())  # for the root of 0 takes long
 
 
 def augment(images: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def train_epoch(
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Give logits (N, 10) of images (N, 28, 28) uint8: the mean of each and its mirror image."""
+    """Return logits (N, 10) of images (N, 28, 28) uint8: the mean of each and its mirror image."""
     model.eval()
     return torch.cat([(model(x) + model(x.flip(-1))) / 2 for x in images.split(2500)])
 
@@ -222,15 +223,14 @@ def draw_confusion(confusion: Tensor) -> Figure:
     return figure
 
 
-def draw_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Figure:
-    """Draw the 24 mistakes that cost most: what the network said, and what it was."""
-    guesses, losses = logits.argmax(dim=1), F.cross_entropy(logits, labels, reduction="none")
-    worst = (i for i in losses.argsort(descending=True) if guesses[i] != labels[i])
+def draw_answers(images: Tensor, labels: Tensor, guesses: Tensor) -> Figure:
+    """Draw the first 24 pictures: what the network said, and what it was."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     panels = figure.subplots(4, 6, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
-    for axes, i in zip(panels.flat, worst, strict=False):
-        axes.imshow(images[i].numpy(), cmap="gray")
-        axes.set_title(f"said {CLASSES[guesses[i]]}\nwas {CLASSES[labels[i]]}", fontsize=9)
+    for axes, image, label, guess in zip(panels.flat, images, labels, guesses, strict=False):
+        axes.imshow(image.numpy(), cmap="gray")
+        color = "black" if guess == label else "firebrick"
+        axes.set_title(f"said {CLASSES[guess]}\nwas {CLASSES[label]}", fontsize=9, color=color)
     return figure
 
 
@@ -257,12 +257,12 @@ def write(path: Path, content: bytes | Figure) -> None:
 
 def print_photos(path: Path, photos: Sequence[Path]) -> int:
     """Name photos; return 1 if one fails, else 0. Raises OSError if `path` holds no network."""
-    model, status = FeedForward(), 0
+    model, status = Classifier(), 0
     try:
         model.load_state_dict(safetensors.torch.load(path.read_bytes()))
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"no network of this script, train one first: {path}: {reason}") from error
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"no model of this script, train one first: {path}: {reason}") from error
     for photo in photos:
         try:
             with Image.open(photo) as image:
@@ -279,19 +279,20 @@ def print_photos(path: Path, photos: Sequence[Path]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, report and save, or name what photos show; return the exit status."""
+    sys.stdout.reconfigure(encoding="utf-8")  # also into a pipe, or an old console
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    add = parser.add_argument
-    add("--data", type=Path, help="folder of the four files; else looked for")
-    add("--sample", action="store_true", help="use the bundled sample")
-    add("--epochs", type=int, default=16, help="passes over the pictures")
-    add("--batch-size", type=int, default=500, help="pictures a step")
-    add("--lr", type=float, default=6e-3, help="highest learning rate")
-    add("--seed", type=int, default=0, help="of all that is random")
-    add("--device", default=device, help="where to compute")
-    add("--out", type=Path, default=ROOT / "runs/fashion-mnist", help="folder for the results")
-    add("--predict", type=Path, nargs="+", metavar="PICTURE", help="only name photos")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, help="folder of the four files; else looked for")
+    source.add_argument("--sample", action="store_true", help="use the bundled sample")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over the pictures")
+    parser.add_argument("--batch-size", type=int, default=500, help="pictures a step")
+    parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--device", default=device, help="where to compute")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
+    parser.add_argument("--predict", type=Path, nargs="+", metavar="PHOTO", help="only name these")
     args = parser.parse_args(argv)
     numbers_fit = args.epochs >= 1 and args.batch_size >= 2 and 0 < args.lr < math.inf
     if not numbers_fit or not 0 <= args.seed < 2**63:
@@ -318,9 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("medium")  # bfloat16 where that is faster
         order = torch.randperm(len(train[0]))
         kept = len(order) - len(order) // 60  # 59,000 of 60,000; the rest validates
+        if kept == len(order):
+            raise OSError(f"{folder}: {kept} pictures are too few to hold some back")
         images, labels = (tensor[order[:kept]].to(args.device) for tensor in train)
         validation = [tensor[order[kept:]].to(args.device) for tensor in train]
-        model = FeedForward().to(args.device)
+        model = Classifier().to(args.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
         steps = max(6, args.epochs * max(1, kept // args.batch_size))  # OneCycleLR fails at 5 steps
         schedule = OneCycleLR(
@@ -335,10 +338,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             loss = train_epoch(model, images, labels, optimizer, schedule, args.batch_size)
             rows.append((epoch, loss, *evaluate(model, *validation), time.perf_counter() - start))
-            print("{:5}  {:13.4f}  {:15.4f}  {:8.2%}  {:7.1f}".format(*rows[-1]))
+            row = "{:5}  {:13.4f}  {:15.4f}  {:8.2%}  {:7.1f}".format(*rows[-1])
+            print(row, flush=True)
 
         logits, labels = predict(model, test[0].to(args.device)).cpu(), test[1]
-        was, said = (F.one_hot(x, len(CLASSES)) for x in (labels, logits.argmax(dim=1)))
+        guesses, losses = logits.argmax(dim=1), F.cross_entropy(logits, labels, reduction="none")
+        was, said = (F.one_hot(x, len(CLASSES)) for x in (labels, guesses))
         confusion = was.T @ said  # rows: what it was; columns: what the network said
         accuracy = confusion.trace().item() / len(labels)
         precision, recall = (confusion.diag() / confusion.sum(dim=d).clamp(min=1) for d in (0, 1))
@@ -352,12 +357,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "python": sys.version.split()[0], "epochs": rows, "test_accuracy": accuracy,
             "classes": classes, "seconds": time.perf_counter() - started,
         }  # fmt: skip
+        write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
+        write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
         write(args.out / "history.png", draw_history(rows))
         write(args.out / "confusion.png", draw_confusion(confusion))
-        write(args.out / "mistakes.png", draw_mistakes(test[0], labels, logits))
-        write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
-        write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
-        print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
+        write(args.out / "answers.png", draw_answers(test[0], labels, guesses))
+        order = losses.argsort(descending=True)
+        hard = order[guesses[order] != labels[order]]
+        write(args.out / "mistakes.png", draw_answers(test[0][hard], labels[hard], guesses[hard]))
+        print(f"\nSaved in {args.out} after {metrics['seconds']:.1f} s")
     except (OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -26,31 +26,31 @@ def fit_line(x: Tensor, y: Tensor, steps: int, lr: float) -> tuple[float, float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the versions, one product, one derivative and one fitted line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    parser.add_argument("--device", default=default, help="where to compute (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--device", default=device, help="where to compute")
     args = parser.parse_args(argv)
     try:
+        torch.manual_seed(args.seed)
         A = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=args.device)
         product = (A @ A).tolist()
-    except (RuntimeError, AssertionError):
-        parser.error(f"argument --device: {args.device!r} can't be used here")
+    except (RuntimeError, AssertionError, ValueError):
+        parser.error(f"--device {args.device} or --seed {args.seed} can't be used here")
     print(f"PyTorch {torch.__version__} on {A.device}\n")
     print(f"A matrix times itself\n  A       {A.tolist()}\n  A @ A   {product}\n")
 
     x = torch.tensor(2.0, device=args.device, requires_grad=True)
     (x**3).backward()
-    print(f"The derivative of x³ at 2\n  autograd   {x.grad}\n  3x², by hand   {3 * 2.0**2}\n")
+    print(f"The derivative of x**3 at 2\n  autograd   {x.grad}\n  3 * x**2   {3 * 2.0**2}\n")
 
-    torch.manual_seed(args.seed)
-    slope, intercept = 3.0, -2.0
     x = torch.linspace(-1, 1, 100)
-    y = slope * x + intercept + 0.3 * torch.randn(100)
+    y = 3 * x - 2 + 0.3 * torch.randn(100)
     w, b = fit_line(x.to(args.device), y.to(args.device), steps=200, lr=0.2)
     best = torch.linalg.lstsq(torch.stack((x, torch.ones(100)), dim=1), y).solution
     print("A line through 100 noisy points   slope  intercept")
-    print(f"  the line under the noise      {slope:7.4f}    {intercept:7.4f}")
+    print(f"  the line under the noise      {3:7.4f}    {-2:7.4f}")
     print(f"  200 steps of gradient descent {w:7.4f}    {b:7.4f}")
     print(f"  least squares, in one go      {best[0]:7.4f}    {best[1]:7.4f}")
     return 0

@@ -3,7 +3,7 @@
 
 Run `poetry run src/transformer.py`. It is the network of Vaswani et al. 2017, "Attention Is All You
 Need" (arXiv 1706.03762), on the attention of attention.py, and reads `12 de octubre de 1968` as
-`1968-10-12`. With `--data DIR --from de --to en` it learns from train.de, train.en, val.de, and on,
+`1968-10-12` after about 130 s. With `--data DIR --from de --to en` it learns from train.de and on
 instead. Results go to runs/transformer/, where `--translate "12 mars 2021"` finds them and
 `--resume` goes on. `poetry run torchrun --nproc-per-node 2 src/transformer.py` uses two processes.
 """
@@ -41,9 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from attention import MultiHeadAttention, causal_mask, positional_encoding, write
+from attention import Attended, MultiHeadAttention, causal_mask, positional_encoding, write
 
-ROOT = Path(__file__).resolve().parent.parent
+OUT = Path(__file__).resolve().parent.parent / "runs/transformer"
 PAD, BOS, EOS = range(3)  # what no text holds: padding, beginning and end of a sequence
 MAX_LENGTH = 256  # tokens in a sequence, with its end
 LANGUAGES = (
@@ -81,6 +81,24 @@ TEXT = Settings(
 )  # fmt: skip
 
 
+def change_settings(settings: Settings, changes: Sequence[str]) -> Settings:
+    """Change settings, each by `name=value`. Raises ValueError if one makes no sense."""
+    values = asdict(settings)
+    for name, _, text in (change.partition("=") for change in changes):
+        kind = type(values.get(name, ""))
+        try:
+            value = {"true": True, "false": False}[text] if kind is bool else kind(text)
+            lowest, highest = (0, 0.9) if name == "dropout" else (kind is int, math.inf)
+            if not lowest <= value <= highest:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{name}={text} is no setting, or no value for it") from None
+        values[name] = value
+    if values["d_model"] % values["num_heads"]:
+        raise ValueError("d_model can't be divided into num_heads")
+    return Settings(**values)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Pairs to learn from in each epoch, to validate on, and to test on by name."""
@@ -96,7 +114,7 @@ class Progress:
 
     seed: int
     epoch: int = 0
-    batch: int = 0  # of the epoch, that comes next
+    batch: int = 0  # that comes next in the epoch
     step: int = 0
     loss: float = 0.0  # summed over the tokens of the epoch
     count: int = 0  # of these tokens
@@ -106,7 +124,7 @@ class Progress:
 
 @functools.cache
 def date_forms(language: str) -> list[str]:
-    """Give the medium, long and full pattern of Unicode's CLDR that can be read in one way only.
+    """Return the medium, long and full pattern of Unicode's CLDR that can be read in one way only.
 
     A date with slashes can't, for 1/2/1968 is two days, unless it begins with the year.
     """
@@ -114,7 +132,7 @@ def date_forms(language: str) -> list[str]:
     return [form for form in forms if form.startswith("y") or "/" not in form]
 
 
-def draw_dates(days: Sequence[int], languages: Sequence[str], random: Random) -> list[Pair]:
+def sample_dates(days: Sequence[int], languages: Sequence[str], random: Random) -> list[Pair]:
     """Write days, counted from FIRST_DAY, as people do in the language that goes with each."""
     pairs = []
     for day, language in zip(days, languages, strict=True):
@@ -130,14 +148,16 @@ def date_corpus(settings: Settings, seed: int) -> Corpus:
     validation, days = days[:VALIDATION_DAYS], days[VALIDATION_DAYS:]
 
     def draw(days: Sequence[int], random: Random) -> list[Pair]:
-        return draw_dates(days, random.choices(LANGUAGES, k=len(days)), random)
+        return sample_dates(days, random.choices(LANGUAGES, k=len(days)), random)
 
     def train(epoch: int) -> list[Pair]:
         random = Random(f"{seed} {epoch}")
         return draw(random.choices(days, k=settings.epoch_dates), random)
 
     split = {language: tests[i :: len(LANGUAGES)] for i, language in enumerate(LANGUAGES)}
-    tests = {name: draw_dates(days, [name] * len(days), Random(2)) for name, days in split.items()}
+    tests = {
+        name: sample_dates(days, [name] * len(days), Random(2)) for name, days in split.items()
+    }
     return Corpus(train, draw(validation, Random(1)), tests)
 
 
@@ -147,7 +167,7 @@ def read_lines(path: Path) -> list[str]:
     path = zipped if zipped.exists() else path
     try:
         raw = gzip.decompress(path.read_bytes()) if path is zipped else path.read_bytes()
-        return raw.decode("utf-8").removesuffix("\n").split("\n")
+        return raw.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, zlib.error) as error:
         raise OSError(f"{path} is broken: {error}") from error
 
@@ -172,172 +192,6 @@ def text_corpus(folder: Path, languages: Sequence[str]) -> Corpus:
         if not any(source.strip() and target.strip() for source, target in pairs):
             raise OSError(f"{folder} needs sentences in train.*, val.* and test*.*")
     return Corpus(lambda epoch: train, validation, tests)
-
-
-@dataclass
-class Cache:
-    """Keys and values (2, B, H, T, d_k) that a layer of the decoder need not compute again."""
-
-    target: Tensor | None = None  # of the tokens so far
-    memory: Tensor | None = None
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout with p in 256ths on a CPU, where its mask is a fifth of a step otherwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give x with a share p of its numbers set to 0 and the others scaled up."""
-        if not self.training or not self.p or x.device.type != "cpu":
-            return super().forward(x)
-        keep = 256 - round(256 * self.p)
-        integers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        kept = integers.view(torch.uint8)[: x.numel()].view_as(x) < keep  # a random byte each
-        return x * kept.to(x.dtype).mul_(256 / keep)
-
-
-class AddNorm(nn.Module):
-    """LayerNorm(x + dropout(sublayer(x))), sections 3.1 and 5.4; or the norm goes first.
-
-    x + dropout(sublayer(LayerNorm(x))) is easier to train when deep (Xiong et al. 2020).
-    """
-
-    def __init__(self, d_model: int, dropout: float, norm_first: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
-        self.norm_first = norm_first
-
-    def before(self, x: Tensor) -> Tensor:
-        """Give what the sublayer gets of x (B, T, d_model)."""
-        return self.norm(x) if self.norm_first else x
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Give the sum of x and what the sublayer made of it, y."""
-        x = x + self.dropout(y)
-        return x if self.norm_first else self.norm(x)
-
-
-class FeedForward(nn.Sequential):
-    """max(0, xW₁ + b₁)W₂ + b₂ for each position alone, section 3.3."""
-
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, section 3.1."""
-
-    def __init__(
-        self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm_first: bool
-    ) -> None:
-        super().__init__()
-        self.self_attention = MultiHeadAttention(d_model, num_heads)
-        self.feed_forward = FeedForward(d_model, d_ff)
-        self.norms = nn.ModuleList(AddNorm(d_model, dropout, norm_first) for _ in range(2))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Give x (B, S, d_model) after the layer; the mask broadcasts to (B, S, S)."""
-        h = self.norms[0].before(x)
-        x = self.norms[0].after(x, self.self_attention(h, h, h, mask)[0])
-        return self.norms[1].after(x, self.feed_forward(self.norms[1].before(x)))
-
-
-class DecoderLayer(nn.Module):
-    """The same with attention to the memory, which is what the encoder gave, in between."""
-
-    def __init__(
-        self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm_first: bool
-    ) -> None:
-        super().__init__()
-        self.self_attention = MultiHeadAttention(d_model, num_heads)
-        self.cross_attention = MultiHeadAttention(d_model, num_heads)
-        self.feed_forward = FeedForward(d_model, d_ff)
-        self.norms = nn.ModuleList(AddNorm(d_model, dropout, norm_first) for _ in range(3))
-
-    def forward(
-        self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, cache: Cache,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Give x (B, T, d_model) after the layer, and the weights (B, H, T, S) to the memory."""
-        QKV = self.self_attention.project(self.norms[0].before(x), 0, 3)
-        Q, KV = QKV[0], QKV[1:]
-        cache.target = KV if cache.target is None else torch.cat((cache.target, KV), dim=-2)
-        x = self.norms[0].after(x, self.self_attention.attend(Q, *cache.target, mask)[0])
-
-        (Q,) = self.cross_attention.project(self.norms[1].before(x), 0, 1)
-        if cache.memory is None:
-            cache.memory = self.cross_attention.project(memory, 1, 3)
-        attend = self.cross_attention.attend
-        attended, weights = attend(Q, *cache.memory, memory_mask, need_weights)
-        x = self.norms[1].after(x, attended)
-        return self.norms[2].after(x, self.feed_forward(self.norms[2].before(x))), weights
-
-
-class Transformer(nn.Module):
-    """Encoder and decoder of section 3, for sequences of up to MAX_LENGTH tokens; 0 is padding.
-
-    Source, target and output share one embedding (3.4). It starts at 1/√d_model, so that multiplied
-    by √d_model it is as large as the positions, and the first logits have a variance of about 1.
-    """
-
-    def __init__(
-        self, vocab_size: int, d_model: int, num_heads: int, num_layers: int, d_ff: int,
-        dropout: float, norm_first: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.dropout = Dropout(dropout)
-        layer = (d_model, num_heads, d_ff, dropout, norm_first)
-        self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(num_layers))
-        norms = [nn.LayerNorm(d_model) if norm_first else nn.Identity() for _ in range(2)]
-        self.encoder_norm, self.decoder_norm = norms  # a sum that no norm has come after
-        self.register_buffer("positions", positional_encoding(MAX_LENGTH, d_model), False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
-
-    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Give embeddings with positions from `start` on, 3.4 and 3.5: (B, T) -> (B, T, d_model).
-
-        Raises ValueError if there are more than MAX_LENGTH.
-        """
-        end = start + tokens.shape[1]
-        if end > MAX_LENGTH:
-            raise ValueError(f"{end} tokens are more than {MAX_LENGTH}")
-        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
-        return self.dropout(x + self.positions[start:end])
-
-    def encode(self, source: Tensor) -> Tensor:
-        """Give the memory (B, S, d_model) of the source (B, S)."""
-        x, mask = self.embed(source), (source != PAD).unsqueeze(1)  # (B, 1, S)
-        for layer in self.encoder:
-            x = layer(x, mask)
-        return self.encoder_norm(x)
-
-    def decode(
-        self, target: Tensor, memory: Tensor, source: Tensor, caches: Sequence[Cache] | None = None,
-        need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Give the logits (B, T, V) of the token after each one of the target (B, T).
-
-        With caches, one a layer, the target goes on from where they end, and they grow. The last
-        layer's weights (B, H, T, S) come with them if they are asked for. The target needs no mask
-        for padding: it stands at the end, where the causal mask hides it.
-        """
-        caches = caches or [Cache() for _ in self.decoder]
-        start = 0 if caches[0].target is None else caches[0].target.shape[-2]
-        mask = causal_mask(start + target.shape[1], target.device)[start:]
-        memory_mask = (source != PAD).unsqueeze(1)  # (B, 1, S)
-        x = self.embed(target, start)
-        for layer, cache in zip(self.decoder, caches, strict=True):
-            x, weights = layer(x, mask, memory, memory_mask, cache, need_weights)
-        return F.linear(self.decoder_norm(x), self.embedding.weight), weights
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Give the logits (B, T, V) of the token after each one of the target (B, T)."""
-        return self.decode(target, self.encode(source), source)[0]
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int, words: bool) -> Tokenizer:
@@ -366,7 +220,7 @@ def open_tokenizer(text: str) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[tuple[Ids, Ids]]:
-    """Give the tokens of source and target, which end in EOS; the target begins with BOS.
+    """Return the tokens of source and target, which end in EOS; the target begins with BOS.
 
     Leaves out the pairs of which a side is empty or longer than MAX_LENGTH.
     """
@@ -398,8 +252,185 @@ def pad(sequences: Iterable[Ids], device: torch.device) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=PAD).to(device)
 
 
+@dataclass
+class Cache:
+    """Keys and values (2, B, H, T, d_k) that a layer of the decoder need not compute again."""
+
+    target: Tensor | None = None  # of the tokens so far
+    memory: Tensor | None = None
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, on a CPU with p in 256ths: its own mask would take a fifth of a step on text."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with a share p of its numbers set to 0 and the others scaled up."""
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        keep = 256 - round(256 * self.p)
+        integers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = integers.view(torch.uint8)[: x.numel()].view_as(x) < keep  # a random byte each
+        return x * kept.to(x.dtype).mul_(256 / keep)
+
+
+class AddNorm(nn.Module):
+    """LayerNorm(x + dropout(sublayer(x))), sections 3.1 and 5.4; or the norm goes first.
+
+    x + dropout(sublayer(LayerNorm(x))) is easier to train when deep (Xiong et al. 2020).
+    """
+
+    def __init__(self, d_model: int, dropout: float, norm_first: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = Dropout(dropout)
+        self.norm_first = norm_first
+
+    def before(self, x: Tensor) -> Tensor:
+        """Return what the sublayer gets of x (B, T, d_model)."""
+        return self.norm(x) if self.norm_first else x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of x and what the sublayer made of it, y."""
+        x = x + self.dropout(y)
+        return x if self.norm_first else self.norm(x)
+
+
+class FeedForward(nn.Sequential):
+    """max(0, xW₁ + b₁)W₂ + b₂ for each position alone, section 3.3."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, section 3.1."""
+
+    def __init__(
+        self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm_first: bool
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.norms = nn.ModuleList(AddNorm(d_model, dropout, norm_first) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return x (B, S, d_model) after the layer; the mask broadcasts to (B, S, S)."""
+        h = self.norms[0].before(x)
+        x = self.norms[0].after(x, self.self_attention(h, h, h, mask)[0])
+        return self.norms[1].after(x, self.feed_forward(self.norms[1].before(x)))
+
+
+class DecoderLayer(nn.Module):
+    """The same with attention to the memory, the output of the encoder, in between."""
+
+    def __init__(
+        self, d_model: int, num_heads: int, d_ff: int, dropout: float, norm_first: bool
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, num_heads)
+        self.cross_attention = MultiHeadAttention(d_model, num_heads)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.norms = nn.ModuleList(AddNorm(d_model, dropout, norm_first) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, cache: Cache,
+        need_weights: bool,
+    ) -> Attended:  # fmt: skip
+        """Return x (B, T, d_model) after the layer, and the weights (B, H, T, S) on the memory.
+
+        x goes on from the cache, which grows by it; the mask is (T, T and all before it).
+        """
+        QKV = self.self_attention.project(self.norms[0].before(x), 0, 3)
+        Q, KV = QKV[0], QKV[1:]
+        cache.target = KV if cache.target is None else torch.cat((cache.target, KV), dim=-2)
+        x = self.norms[0].after(x, self.self_attention.attend(Q, *cache.target, mask)[0])
+
+        (Q,) = self.cross_attention.project(self.norms[1].before(x), 0, 1)
+        if cache.memory is None:
+            cache.memory = self.cross_attention.project(memory, 1, 3)
+        attend = self.cross_attention.attend
+        attended, weights = attend(Q, *cache.memory, memory_mask, need_weights)
+        x = self.norms[1].after(x, attended)
+        return self.norms[2].after(x, self.feed_forward(self.norms[2].before(x))), weights
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder of section 3, for sequences of up to MAX_LENGTH tokens.
+
+    Source, target and output share one embedding (3.4). It starts at 1/√d_model, so that multiplied
+    by √d_model it is as large as the positions, and the first logits have a variance of about 1.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, num_heads: int, num_layers: int, d_ff: int,
+        dropout: float, norm_first: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = Dropout(dropout)
+        layer = (d_model, num_heads, d_ff, dropout, norm_first)
+        self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(num_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(num_layers))
+        norms = [nn.LayerNorm(d_model) if norm_first else nn.Identity() for _ in range(2)]
+        self.encoder_norm, self.decoder_norm = norms  # a sum that no norm has come after
+        self.register_buffer(
+            "positions", positional_encoding(MAX_LENGTH, d_model), persistent=False
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Return embeddings with positions from `start` on, 3.4 and 3.5: (B, T) -> (B, T, d_model).
+
+        Raises ValueError if there are more than MAX_LENGTH.
+        """
+        end = start + tokens.shape[1]
+        if end > MAX_LENGTH:
+            raise ValueError(f"{end} tokens are more than {MAX_LENGTH}")
+        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
+        return self.dropout(x + self.positions[start:end])
+
+    def encode(self, source: Tensor) -> Tensor:
+        """Return the memory (B, S, d_model) of the source (B, S)."""
+        x, mask = self.embed(source), (source != PAD).unsqueeze(1)  # (B, 1, S)
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return self.encoder_norm(x)
+
+    def decode(
+        self, target: Tensor, memory: Tensor, source: Tensor, caches: Sequence[Cache] | None = None,
+        need_weights: bool = False,
+    ) -> Attended:  # fmt: skip
+        """Return the logits (B, T, V) of the token after each one of the target (B, T).
+
+        With caches, one a layer, the target goes on from where they end, and they grow. The last
+        layer's weights (B, H, T, S) come with them if they are asked for. The target needs no mask
+        for padding: it stands at the end, where the causal mask hides it.
+        """
+        caches = caches or [Cache() for _ in self.decoder]
+        start = 0 if caches[0].target is None else caches[0].target.shape[-2]
+        mask = causal_mask(start + target.shape[1], target.device)[start:]
+        memory_mask = (source != PAD).unsqueeze(1)  # (B, 1, S)
+        x = self.embed(target, start)
+        for layer, cache in zip(self.decoder, caches, strict=True):
+            x, weights = layer(x, mask, memory, memory_mask, cache, need_weights)
+        return F.linear(self.decoder_norm(x), self.embedding.weight), weights
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the token after each one of the target (B, T)."""
+        return self.decode(target, self.encode(source), source)[0]
+
+
+def make_model(settings: Settings, tokenizer: Tokenizer) -> Transformer:
+    """Make a network with the sizes of the settings. Raises ValueError if they don't fit."""
+    sizes = ("d_model", "num_heads", "num_layers", "d_ff", "dropout", "norm_first")
+    return Transformer(tokenizer.get_vocab_size(), *(getattr(settings, name) for name in sizes))
+
+
 def rate(step: int, d_model: int, warmup: int) -> float:
-    """Give the learning rate of a step, from 1 on: equation 3 in section 5.3."""
+    """Return the learning rate of a step, from 1 on: equation 3 in section 5.3."""
     return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
@@ -422,8 +453,7 @@ def train_epoch(
         leave=False, disable=None if rank == 0 else True,
     )  # fmt: skip
     for batch in bar:
-        nothing = ([PAD], [PAD, PAD])
-        share = [pairs[i] for i in batch[rank::world]] or [nothing]
+        share = [pairs[i] for i in batch[rank::world]] or [([PAD], [PAD, PAD])]
         source, target = (pad(side, device) for side in zip(*share, strict=True))
         count = sum(len(pairs[i][1]) - 1 for i in batch)
         torch.manual_seed(hash((progress.seed, progress.step, rank)) % 2**63)
@@ -441,9 +471,10 @@ def train_epoch(
         optimizer.step()
         if world > 1:
             dist.all_reduce(loss.detach_())
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss became {loss.item()}; a longer warmup may help")
-        progress.loss += loss.item() * count
+        mean = loss.item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss became {mean}; a longer warmup may help")
+        progress.loss += mean * count
         progress.count += count
         progress.step += 1
         progress.batch += 1
@@ -472,7 +503,7 @@ def search(
     """Find the likeliest targets of the source (B, S), without BOS and EOS; beam 1 is greedy.
 
     Keeps the `beam` best at every step by log P / lp, where lp = ((5 + length) / 6)^alpha, equation
-    14 of Wu et al. 2016. A target is at most twice as long as the longest source, and 20 tokens.
+    14 of Wu et al. 2016. A target is at most twice as long as the longest source, plus 20 tokens.
     """
     B, limit = len(source), min(2 * source.shape[1] + 20, MAX_LENGTH)
     first = torch.arange(B, device=source.device).unsqueeze(1) * beam  # row of a source's best
@@ -549,10 +580,11 @@ def draw_attention(model: Transformer, tokenizer: Tokenizer, text: str, answer: 
     return figure
 
 
-def make_model(settings: Settings, tokenizer: Tokenizer) -> Transformer:
-    """Make a network with the sizes of the settings. Raises ValueError if they don't fit."""
-    sizes = ("d_model", "num_heads", "num_layers", "d_ff", "dropout", "norm_first")
-    return Transformer(tokenizer.get_vocab_size(), *(getattr(settings, name) for name in sizes))
+def speed_up(model: Transformer) -> None:
+    """Let a CPU that has bfloat16 use it for large products; fused attention is slow with it."""
+    if model.embedding.weight.device.type == "cpu" and model.embedding.embedding_dim >= 256:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cuda.enable_flash_sdp(False)  # named for CUDA, but a CPU obeys as well
 
 
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, settings: Settings) -> None:
@@ -569,7 +601,7 @@ def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
             tokenizer = open_tokenizer(about["tokenizer"])
             model = make_model(Settings(**json.loads(about["settings"])), tokenizer)
             model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
-    except Exception as error:  # a broken file can fail at any of these steps
+    except Exception as error:  # a broken file can fail in many ways
         reason = str(error).partition("\n")[0]
         raise OSError(f"no model of this script, train one first: {path}: {reason}") from error
     return model, tokenizer
@@ -599,7 +631,7 @@ def open_checkpoint(path: Path, run: dict[str, object]) -> dict[str, object] | N
         old = state["run"]
     except FileNotFoundError:
         return None
-    except Exception as error:  # likewise
+    except Exception as error:  # a broken file can fail in many ways
         reason = str(error).partition("\n")[0] or "it is cut short"
         raise OSError(f"nothing to resume: {path}: {reason}") from error
     changes = [f"{name} was {old.get(name)}" for name in run if old.get(name) != run[name]]
@@ -619,23 +651,6 @@ def interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def change(settings: Settings, changes: Sequence[str]) -> Settings:
-    """Change settings, each by `name=value`. Raises ValueError if one makes no sense."""
-    values = asdict(settings)
-    for name, _, text in (change.partition("=") for change in changes):
-        kind = type(values.get(name, ""))
-        try:
-            value = {"true": True, "false": False}[text] if kind is bool else kind(text)
-            if not (0 <= value < 1 if name == "dropout" else value >= (kind is int)):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{name}={text} is no setting, or no value for it") from None
-        values[name] = value
-    if values["d_model"] % values["num_heads"]:
-        raise ValueError("d_model can't be divided into num_heads")
-    return Settings(**values)
-
-
 def print_translations(
     model: Transformer, tokenizer: Tokenizer, lines: Iterable[str], beam: int
 ) -> None:
@@ -646,7 +661,7 @@ def print_translations(
             number += 1
             if text is None:
                 print(f"line {number} is longer than {MAX_LENGTH} tokens", file=sys.stderr)
-            print(" ".join((text or "").split("\n")), flush=True)
+            print((text or "").replace("\n", " "), flush=True)
 
 
 def print_dates(tests: dict[str, list[Pair]], found: dict[str, list[str]]) -> dict[str, float]:
@@ -686,20 +701,20 @@ def print_bleu(tests: dict[str, list[Pair]], found: dict[str, list[str]]) -> dic
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test and save, or translate; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    sys.stdout.reconfigure(encoding="utf-8")  # also into a pipe, or an old console
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    out = ROOT / "runs/transformer"
     parser.add_argument("--data", type=Path, help="folder of parallel text; else dates")
     parser.add_argument("--from", dest="source", default="de", help="ending of the files to read")
     parser.add_argument("--to", dest="target", default="en", help="ending of the files to write")
+    names = ", ".join(asdict(Settings()))
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="change Settings, see there"
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help=f"change {names}"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=out, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
     parser.add_argument("--resume", action="store_true", help="go on from a checkpoint, if any")
     parser.add_argument("--translate", metavar="TEXT", help="only translate; - reads lines")
     parser.add_argument("--beam", type=int, default=4, help="translations to keep in view")
@@ -714,22 +729,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, AssertionError):
         parser.error(f"argument --device: {args.device!r} can't be used here")
     try:
-        settings = change(TEXT if args.data else Settings(), args.set)
+        settings = change_settings(TEXT if args.data else Settings(), args.set)
     except ValueError as error:
         parser.error(f"argument --set: {error}")
-    if device.type == "cpu" and settings.d_model >= 256:
-        # Large products are faster in bfloat16, on processors that have it; fused attention is not.
-        torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)
     started, model_path = time.perf_counter(), args.out / "model.safetensors"
     checkpoint, main_process = args.out / "checkpoint.pt", os.environ.get("RANK", "0") == "0"
     try:
         if args.translate is not None:
             model, tokenizer = open_model(model_path)
+            speed_up(model.to(device))
             lines = [args.translate]
             if args.translate == "-":
                 lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8", errors="replace", newline="\n")
-            print_translations(model.to(device), tokenizer, lines, args.beam)
+            print_translations(model, tokenizer, lines, args.beam)
             return 0
 
         args.out.mkdir(parents=True, exist_ok=True)
@@ -758,6 +770,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(args.seed)
         model, progress = make_model(settings, tokenizer).to(device), Progress(args.seed)
+        speed_up(model)
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
         if state:
             model.load_state_dict(state["model"])
@@ -811,8 +824,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         write(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
         write(args.out / "losses.png", draw_losses(progress.rows))
-        example = next(pair for pair in corpus.validation if encode(tokenizer, [pair]))
-        example = example if args.data else EXAMPLE
+        known = (pair for pair in corpus.validation if encode(tokenizer, [pair]))
+        example = next(known) if args.data else EXAMPLE
         write(args.out / "attention.png", draw_attention(model, tokenizer, *example))
         print(f"\nSaved in {args.out} after {metrics['seconds']:.1f} s")
     except (OSError, FloatingPointError) as error:

@@ -303,7 +303,7 @@ def test_the_reverser_has_the_shapes_and_the_parameters_it_says():
 def test_the_answers_are_the_digits_reversed(unseen):
     torch.manual_seed(0)
     lengths = torch.arange(1, A.MAX_DIGITS + 1).repeat(20)
-    digits, answers = A.draw_sequences(lengths, unseen)
+    digits, answers = A.sample_sequences(lengths, unseen)
     for length, row, answer in zip(lengths, digits.tolist(), answers.tolist(), strict=True):
         sequence = row[:length]
         assert answer == sequence[::-1] + [A.IGNORED] * (A.MAX_DIGITS - length)
@@ -381,7 +381,8 @@ def test_it_runs_end_to_end_and_saves_what_it_says(run_script, tmp_path):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert f"to {metrics['loss']:.4f}. Of" in done.stdout
     assert list(metrics["exact"]) == [str(n) for n in range(A.MIN_DIGITS, A.MAX_DIGITS + 1)]
-    assert (tmp_path / "out/attention.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("attention", "sentence"):
+        assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
     A.Reverser().load_state_dict(safetensors.torch.load_file(tmp_path / "out/model.safetensors"))
 
 

@@ -61,9 +61,17 @@ def test_quoted_code_stands_in_a_script(code):
 def test_a_link_leads_somewhere(target):
     path, _, heading = target.partition("#")
     assert not path or (ROOT / path).is_file()
-    if heading:
+    if heading and not path:
         titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
         assert heading in [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "line"), sorted(set(re.findall(r"\[([\w.]+)\]\((src/.*?)#L(\d+)\)", README)))
+)
+def test_a_link_to_a_line_leads_to_the_definition_of_its_name(name, path, line):
+    found = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+    assert re.match(rf" *(def|class) {name.rpartition('.')[2]}\b", found)
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -112,3 +120,15 @@ def test_fashion_mnist_prints_lines_of_the_readmes_kind(capsys, tmp_path):
     fashion.main(["--sample", "--device", "cpu", "--epochs", "1", "--out", str(tmp_path)])
     printed = {skeleton(line) for line in capsys.readouterr().out.splitlines()}
     assert {skeleton(line) for line in table.splitlines() if line.strip() != "..."} <= printed
+
+
+def test_transformer_prints_lines_of_the_readmes_kind(capsys, tmp_path, monkeypatch):
+    table = next(b for b in blocks(chapter_of("transformer.py"), "") if b.startswith("epoch"))
+    transformer = importlib.import_module("transformer")
+    monkeypatch.setattr(transformer, "TEST_DAYS", 52)
+    arguments = ["--device", "cpu", "--beam", "1", "--out", str(tmp_path), "--set", "epochs=1"]
+    transformer.main([*arguments, "epoch_dates=100", "d_model=16"])
+    printed = {skeleton(line) for line in capsys.readouterr().out.splitlines()}
+    wanted = table.partition("...")[0].splitlines()
+    assert len(wanted) >= 7
+    assert {skeleton(line) for line in wanted} <= printed

@@ -939,7 +939,7 @@ def start(*arguments, torchrun=False, **options):
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(SCRIPT), *map(str, arguments), "--device", "cpu"]
     environment = os.environ | {
-        "PYTHONIOENCODING": "utf-8",
+        "PYTHONIOENCODING": "ascii",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -1127,7 +1127,7 @@ def test_a_value_that_makes_no_sense_is_refused(arguments, capsys, tmp_path):
 
 
 def test_settings_are_changed_by_name():
-    changed = T.change(T.TEXT, ["d_model=96", "dropout=0.25", "norm_first=true"])
+    changed = T.change_settings(T.TEXT, ["d_model=96", "dropout=0.25", "norm_first=true"])
     assert changed == dataclasses.replace(T.TEXT, d_model=96, dropout=0.25, norm_first=True)
 
 
