@@ -42,6 +42,7 @@ bench: $(VENV_READY)
 	for file in benchmarks/*.py; do $(POETRY) run "$$file" || exit; done
 
 docs: demo
+	$(POETRY) run benchmarks/attention.py
 	cp runs/fashion-mnist/history.png docs/history.png
 	cp runs/fashion-mnist/confusion.png docs/confusion.png
 	cp runs/fashion-mnist/answers.png docs/answers.png
@@ -49,6 +50,7 @@ docs: demo
 	cp runs/attention/sentence.png docs/sentence.png
 	cp runs/attention/attention.png docs/reversal.png
 	cp runs/transformer/attention.png docs/dates.png
+	cp runs/benchmarks/attention.png docs/speed.png
 
 clean:
 	rm -rf .poetry .venv

@@ -157,9 +157,7 @@ class Reverser(nn.Module):
     def __init__(self, d_model: int = 64, num_heads: int = 2, num_layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(10, d_model)
-        nn.init.normal_(
-            self.embedding.weight, std=d_model**-0.5
-        )  # so that, times √d_model, the positions are heard
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # as loud as the positions
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads) for _ in range(num_layers))
         self.register_buffer("positions", positional_encoding(MAX_DIGITS, d_model), False)
         self.to_logits = nn.Linear(d_model, 10)
