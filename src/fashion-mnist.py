@@ -203,11 +203,12 @@ def draw_history(rows: Sequence[Sequence[float]]) -> Figure:
     """Draw loss and accuracy by epoch."""
     epoch, training, validation, accuracy, _ = zip(*rows, strict=True)
     figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "epoch"})
+    left, right = figure.subplots(1, 2, sharex=True, subplot_kw={"xlabel": "epoch"})
     left.plot(epoch, training, "o-", epoch, validation, "o-")
     left.legend(["training loss, labels smoothed", "validation loss"])
     right.plot(epoch, accuracy, "o-")
     right.legend(["validation accuracy"])
+    right.locator_params(axis="x", integer=True)
     return figure
 
 

@@ -560,6 +560,7 @@ def draw_losses(rows: Sequence[Sequence[float]]) -> Figure:
     axes = figure.subplots(subplot_kw={"xlabel": "epoch", "ylabel": "nats a token"})
     axes.plot(epoch, training, "o-", epoch, validation, "o-")
     axes.legend(["training loss, labels smoothed", "validation loss"])
+    axes.locator_params(axis="x", integer=True)
     return figure
 
 

@@ -89,6 +89,10 @@ def test_a_target_that_is_named_exists(target):
     assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
 
 
+def test_make_bench_can_run_every_benchmark():
+    assert all(os.access(path, os.X_OK) for path in (ROOT / "benchmarks").glob("*.py"))
+
+
 @pytest.mark.parametrize("picture", sorted(set(re.findall(r"!\[[^]]+\]\((.*?)\)", README))))
 def test_a_picture_is_drawn_by_make_docs(picture):
     recipe = re.search(r"^docs:.*?\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
