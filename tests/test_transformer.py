@@ -715,6 +715,8 @@ def test_text_is_read_from_plain_and_gzipped_files(folder):
 def test_only_a_line_feed_ends_a_line(tmp_path):
     (tmp_path / "a").write_bytes("one\x0b\x1c\u2028 still\n\ntwo".encode())
     assert T.read_lines(tmp_path / "a") == ["one\x0b\x1c\u2028 still", "", "two"]
+    (tmp_path / "b").write_bytes(b"from\r\nWindows\r\n")
+    assert T.read_lines(tmp_path / "b") == ["from", "Windows"]
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\t\xa0"])
