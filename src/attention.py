@@ -163,7 +163,7 @@ class Reverser(nn.Module):
         self.to_logits = nn.Linear(d_model, 10)
 
     def forward(self, digits: Tensor, lengths: Tensor, need_weights: bool = False) -> Attended:
-        """Return the logits (B, T, 10) of digits (B, T) and the weights (B, H, T, T) of the end."""
+        """Return logits (B, T, 10) of digits (B, T), and the last layer's weights (B, H, T, T)."""
         T = digits.shape[1]
         x = self.embedding(digits) * math.sqrt(self.embedding.embedding_dim)  # section 3.4
         x, mask = x + self.positions[:T], padding_mask(lengths, T)

@@ -172,6 +172,7 @@ def test_where_there_is_nothing_to_attend_to_the_output_is_zero(need_weights):
     [
         (((2, 3), (4, 5), (4, 5)), None, r"Q \(2, 3\), K \(4, 5\), V \(4, 5\)"),
         (((2, 3), (4, 3), (5, 3)), None, r"Q \(2, 3\), K \(4, 3\), V \(5, 3\)"),
+        (((3,), (4, 3), (4, 3)), None, r"Q \(3,\), K \(4, 3\), V \(4, 3\)"),
         (((2, 3), (4, 3), (4, 3)), torch.ones(2, 4), r"torch.float32 \(2, 4\)"),
         (((2, 3), (4, 3), (4, 3)), torch.ones(2, 4, dtype=torch.int64), "torch.int64"),
         (((2, 3), (4, 3), (4, 3)), torch.ones(2, 3, dtype=torch.bool), r"\(2, 3\).*\(..., 2, 4\)"),
