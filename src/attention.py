@@ -112,7 +112,7 @@ class MultiHeadAttention(nn.Module):
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Return [Q, K, V][first:last] of x (B, T, d_model): (n = last - first, B, H, T, d_k)."""
         W = self.W_qkv.weight
-        if last - first < 3:  # a slice's gradient would be copied into that of the whole
+        if last - first < 3:  # for three no slice, whose gradient would have to be copied
             W = W[first * x.shape[-1] : last * x.shape[-1]]
         x = F.linear(x, W).unflatten(-1, (last - first, self.num_heads, -1))  # (B, T, n, H, d_k)
         return x.movedim((2, 3), (0, 2))

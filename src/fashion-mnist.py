@@ -145,7 +145,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, 10) of images (B, 28, 28) uint8."""
-        return self.layers(images.float().add_(1e-9).sqrt_())  # for the root of 0 takes long
+        return self.layers(images.float().add_(1e-9).sqrt_())  # as the root of 0 is slow
 
 
 def augment(images: Tensor) -> Tensor:
