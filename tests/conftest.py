@@ -1,15 +1,26 @@
 """What several tests share."""
 
 import os
-import subprocess
+import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # as many tests run at once as there are cores
+os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
+
+
+class Done(NamedTuple):
+    """What a script left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,24 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no accelerator"))
 
 
-@pytest.fixture(autouse=True)
-def same_precision() -> Iterator[None]:
-    """Undo what main sets for the whole process."""
-    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
-
-
 @pytest.fixture
-def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run src/<name> in an empty folder, and return what it printed and its exit status."""
+def run_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Run src/<name> as a person does, but in this process, where PyTorch is imported already."""
 
-    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "src" / name), *map(str, arguments)]
-        environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # they print UTF-8 all the same
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
-        )
+    def run(name: str, *arguments: object) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "src" / name), run_name="__main__")
+        return Done(stop.value.code, *capsys.readouterr())
 
     return run
