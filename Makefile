@@ -15,7 +15,7 @@ help:
 	@echo 'make demo       set up, then run the four scripts'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
-	@echo 'make lint       set up, then check style and format'
+	@echo 'make lint       set up, then check style, format and types'
 	@echo 'make bench      set up, then measure this beside its peers'
 	@echo 'make docs       set up, then run the scripts and draw the pictures of the README again'
 	@echo 'make clean      remove what was set up; the data and the results stay'
@@ -37,6 +37,7 @@ lint: $(VENV_READY)
 	$(POETRY) check --lock
 	$(POETRY) run ruff check
 	$(POETRY) run ruff format --check
+	$(POETRY) run mypy
 
 bench: $(VENV_READY)
 	for file in benchmarks/*.py; do $(POETRY) run "$$file" || exit; done
@@ -47,8 +48,7 @@ docs: demo
 	cp runs/fashion-mnist/confusion.png docs/confusion.png
 	cp runs/fashion-mnist/answers.png docs/answers.png
 	cp runs/fashion-mnist/mistakes.png docs/mistakes.png
-	cp runs/attention/sentence.png docs/sentence.png
-	cp runs/attention/attention.png docs/reversal.png
+	cp runs/attention/attention.png docs/heads.png
 	cp runs/transformer/attention.png docs/dates.png
 	cp runs/benchmarks/attention.png docs/speed.png
 
