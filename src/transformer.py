@@ -3,7 +3,7 @@
 
 Run `poetry run src/transformer.py`. It builds the network of Vaswani et al. 2017 (arXiv 1706.03762)
 on the attention of attention.py, and trains it to read `12 de octubre de 1968` as `1968-10-12`, in
-about 80 s. Results go to runs/transformer/, where `--read "12 mars 2021"` finds them.
+about 70 s. Results go to runs/transformer/, where `--read "12 mars 2021"` finds them.
 """
 
 import argparse
@@ -153,14 +153,13 @@ class Transformer(nn.Module):
     multiplied by √d_model it is as large as the positions, and the first logits have variance 1.
     """
 
-    positions: Tensor
     encoder_layer: type[nn.Module] = EncoderLayer
     decoder_layer: type[nn.Module] = DecoderLayer
 
     def __init__(self, vocab_size: int, sizes: Sizes) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, sizes.d_model)
-        self.register_buffer("positions", positional_encoding(MAX_LENGTH, sizes.d_model), False)
+        self.positions = nn.Buffer(positional_encoding(MAX_LENGTH, sizes.d_model), persistent=False)
         self.dropout = nn.Dropout(sizes.dropout)
         self.encoder = nn.ModuleList(self.encoder_layer(sizes) for _ in range(sizes.num_layers))
         self.decoder = nn.ModuleList(self.decoder_layer(sizes) for _ in range(sizes.num_layers))
@@ -318,7 +317,7 @@ def draw_attention(model: Transformer, vocabulary: dict[str, int], pair: Pair) -
     hook = heads.register_forward_hook(lambda heads, inputs, _: kept.append(heads.weights(*inputs)))
     model(source, target[:, :-1])
     hook.remove()
-    return draw_heads(kept[0][0], [*pair[1], "end"], [*pair[0], "end"])
+    return draw_heads(kept[0][0], [*pair[1], "∎"], [*pair[0], "∎"])
 
 
 def show_test(pairs: Sequence[Pair], found: Sequence[str]) -> None:

@@ -237,16 +237,16 @@ def greedy(model, source, limit):
 
 
 @pytest.fixture(scope="module")
-def reverser():
-    """A network in float64 that has begun to learn to reverse sequences."""
+def repeater():
+    """A network in float64 that has begun to learn to repeat sequences."""
     torch.manual_seed(0)
     model = T.Transformer(14, SMALL)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(300):
-        length = torch.randint(1, 8, ()).item()
+        length = torch.randint(1, 6, ()).item()
         digits = torch.randint(4, 14, (32, length))
         end, begin = torch.full((32, 1), T.EOS), torch.full((32, 1), T.BOS)
-        labels = torch.cat((digits.flip(1), end), dim=1)
+        labels = torch.cat((digits, end), dim=1)
         logits = model(torch.cat((digits, end), dim=1), torch.cat((begin, labels), dim=1)[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
@@ -256,11 +256,11 @@ def reverser():
 
 
 @torch.inference_mode()
-def test_generating_with_the_cache_is_taking_the_likeliest_token(reverser):
+def test_generating_with_the_cache_is_taking_the_likeliest_token(repeater):
     torch.manual_seed(1)
-    source = draw([9, 4, 1, 6, 2, 7], vocab_size=14)
-    found = T.generate(reverser, source)
-    assert found == [greedy(reverser, row[row != T.PAD][None], limit=20) for row in source]
+    source = draw([9, 4, 1, 5, 2, 3], vocab_size=14)
+    found = T.generate(repeater, source)
+    assert found == [greedy(repeater, row[row != T.PAD][None], limit=20) for row in source]
     assert len(set(map(len, found))) >= 3
 
 
@@ -462,7 +462,7 @@ def test_the_picture_shows_the_weights_of_the_last_cross_attention(vocabulary, m
     model = T.Transformer(4 + len(vocabulary), SMALL).eval()
     T.draw_attention(model, vocabulary, T.EXAMPLE)
     ((weights, rows, columns),) = drawn
-    assert ("".join(columns), "".join(rows)) == tuple(side + "end" for side in T.EXAMPLE)
+    assert ("".join(columns), "".join(rows)) == tuple(side + "∎" for side in T.EXAMPLE)
     assert weights.shape == (2, len(rows), len(columns))
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, len(rows)))
     source, target = T.make_batch([T.EXAMPLE], vocabulary)
