@@ -175,7 +175,6 @@ def compare_training(
 def main() -> None:
     """Print the table."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    torch.set_float32_matmul_precision("medium")  # as the script does
     folder, train, test, _ = fashion.find_data()
     print(f"{len(train[1]):,} pictures from {folder}, PyTorch {torch.__version__} on {device},")
     print(f"{torch.get_num_threads()} threads; seconds an epoch, medians of {ROUNDS}.\n")

@@ -76,8 +76,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output (..., T, d_k) and the weights (..., T, T) for words x (..., T, d)."""
-        Q, K, V = self.W_q(x), self.W_k(x), self.W_v(x)
-        return scaled_dot_product_attention(Q, K, V)
+        return scaled_dot_product_attention(self.W_q(x), self.W_k(x), self.W_v(x))
 
 
 class MultiHeadAttention(nn.Module):
@@ -85,7 +84,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
-        if d_model % num_heads:
+        if num_heads < 1 or d_model % num_heads:
             raise ValueError(f"d_model {d_model} must be divisible by num_heads {num_heads}")
         self.num_heads = num_heads  # h, and H in shapes; d_k = d_model / h
         self.W_q = nn.Linear(d_model, d_model, bias=False)  # the W_q of all heads side by side
@@ -99,7 +98,7 @@ class MultiHeadAttention(nn.Module):
         """Attend from query (B, T, d_model) to key and value (B, S, d_model): (B, T, d_model).
 
         The boolean mask, True where a query may attend, is (T, S) or (B, T, S) for all heads, or
-        (B, H, T, S); where it is 1 it broadcasts. Raises ValueError for other shapes.
+        (B, H, T, S); where it is 1 it broadcasts. Raises ValueError or RuntimeError for others.
         """
         Q, K, V, mask = self.split_heads(query, key, value, mask)
         check_shapes(Q, K, V, mask)
@@ -119,10 +118,8 @@ class MultiHeadAttention(nn.Module):
         """Return Q (B, H, T, d_k), K and V (B, H, S, d_k), and the mask with as many dimensions."""
         if {query.dim(), key.dim(), value.dim()} != {3}:
             raise ValueError("query, key and value must be (B, T, d_model)")
-        Q, K, V = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x in (self.W_q(query), self.W_k(key), self.W_v(value))
-        )
+        projected = self.W_q(query), self.W_k(key), self.W_v(value)
+        Q, K, V = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
         if mask is not None and mask.dim() == 3:
             mask = mask.unsqueeze(1)  # (B, T, S) -> (B, 1, T, S)
         return Q, K, V, mask
@@ -151,14 +148,12 @@ class PairFinder(nn.Module):
     It has one layer of attention and nothing else that looks at other positions.
     """
 
-    positions: Tensor
-
     def __init__(self, num_heads: int, d_model: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(10, d_model)
         # Times √d_model, section 3.4, this makes digits and positions about equally large.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
-        self.register_buffer("positions", positional_encoding(LENGTH, d_model), persistent=False)
+        self.positions = nn.Buffer(positional_encoding(LENGTH, d_model), persistent=False)
         self.attention = MultiHeadAttention(d_model, num_heads)
         self.norm = nn.LayerNorm(d_model)
         self.to_logits = nn.Linear(d_model, 2 * 10)
@@ -197,7 +192,6 @@ def train(model: nn.Module, steps: int) -> list[float]:
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     losses = []
-    model.train()
     for _ in tqdm(range(steps), unit="step", leave=False, disable=None):
         digits, labels = (x.to(device) for x in sample_sequences(BATCH_SIZE, unseen=False))
         logits = model(digits)
@@ -227,13 +221,12 @@ def printable(text: object) -> str:
 
 def label(name: str, width: int) -> str:
     """Right-align a name in `width` cells of a terminal; cut it if it is too long for them."""
-    name = printable(name)[: 4 * width]  # accents take no cell, but must not go on for ever
+    name = printable(name[: 4 * width])  # accents take no cell, but must not go on for ever
     if wcswidth(name) > width:
         name = clip(name, 0, width - 1) + "…"
-    padded = rjust(name, width)
     if any(bidirectional(c) in ("R", "AL") for c in name):  # isolated, or neighbors change places
-        return padded.replace(name, f"\u2068{name}\u2069")
-    return padded
+        name = f"\u2068{name}\u2069"
+    return rjust(name, width)
 
 
 def shade(row: Sequence[float]) -> str:
@@ -314,8 +307,8 @@ def compare(steps: int, device: str) -> tuple[dict[str, tuple[float, float]], Pa
     return results, model
 
 
-def show_heads(results: dict[str, tuple[float, float]], digits: Tensor, weights: Tensor) -> None:
-    """Print the results, and where heads look: weights (B, H, T, T) for digits (B, T)."""
+def show_heads(results: dict[str, tuple[float, float]], names: str, weights: Tensor) -> None:
+    """Print the results, and where heads look: weights (B, H, T, T); names: the first sequence."""
     print("\nWhy positions and many heads: predict the digits of mirror image and left neighbor")
     print(f"{'':25}last loss  all right, of 1,000 unseen sequences")
     for name, (loss, exact) in results.items():
@@ -324,7 +317,6 @@ def show_heads(results: dict[str, tuple[float, float]], digits: Tensor, weights:
     for head, picture in enumerate(weights.mean(dim=0), start=1):
         mirror, left = picture[places, places.flip(0)].mean(), picture[places, places - 1].mean()
         print(f"Head {head} puts {mirror:.0%} of its weight on the mirror image, {left:.0%} left.")
-    names = "".join(map(str, digits[0].tolist()))
     show_pictures([f"head {n + 1}" for n in range(len(weights[0]))], weights[0], names)
 
 
@@ -338,7 +330,7 @@ def show_masks() -> None:
 
 def draw_heads(weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> bytes:
     """Draw weights (H, T, S), a panel per head, with the names of queries and keys: a PNG."""
-    size = (4 * len(weights), 1 + 3 * len(rows) / len(columns))
+    size = (4 * len(weights), 1.3 + 3 * len(rows) / len(columns))
     figure, png = Figure(figsize=size, layout="constrained"), io.BytesIO()
     panels = figure.subplots(1, len(weights), squeeze=False, sharey=True)
     for head, (axes, picture) in enumerate(zip(panels[0], weights.tolist(), strict=True), start=1):
@@ -382,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("argument --steps: must be between 1 and 100,000")
     if not 0 <= args.seed < 2**63:
         parser.error("argument --seed: must be between 0 and 2**63 - 1")
+    if "\0" in str(args.out):
+        parser.error("argument --out: must be a name without NUL")
     sentence = SENTENCE if args.explain is None else args.explain
     words = normalize("NFC", sentence).split()  # one é, however it was typed
     if not 1 <= len(words) <= MAX_WORDS:
@@ -389,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each kind of device fails in its own way
-        parser.error(f"argument --device: {str(error).splitlines()[0]}")
+        parser.error(printable(f"argument --device: {error}".splitlines()[0]))
     started = time.perf_counter()
     try:
         torch.manual_seed(args.seed)
@@ -401,14 +395,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             results, model = compare(args.steps, args.device)
             digits, _ = sample_sequences(1000, unseen=True)
             weights = model.weights(digits.to(args.device)).cpu()
-            names = list(map(str, digits[0].tolist()))
+            names = "".join(map(str, digits[0].tolist()))
             settings = vars(args) | {"torch": torch.__version__, "python": sys.version.split()[0]}
             seconds = time.perf_counter() - started
             metrics = {"settings": settings, "results": results, "seconds": seconds}
             write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
             write(args.out / "attention.png", draw_heads(weights[0], names, names))
             write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
-            show_heads(results, digits, weights)
+            show_heads(results, names, weights)
             print(f"\nSaved in {printable(args.out)} after {seconds:.1f} s")
         print(end="", flush=True)
     except KeyboardInterrupt:

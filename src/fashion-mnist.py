@@ -1,23 +1,27 @@
 #!/usr/bin/env python3
-"""A feed-forward network learns to name ten kinds of clothes: Fashion-MNIST.
+"""A feed-forward network learns to classify pictures of clothing: Fashion-MNIST.
 
-Run `poetry run src/fashion-mnist.py`. It trains on pictures of 28x28 pixels (Xiao, Rasul and
-Vollgraf 2017, arXiv 1708.07747), reports on a validation split after every epoch and on the test
-set once, and fills runs/fashion-mnist/, all in about 25 s. Then `--predict photo.jpg` names what a
-photo shows.
+Run `poetry run src/fashion-mnist.py`. It trains on images of 28x28 pixels (Xiao, Rasul and Vollgraf
+2017, arXiv 1708.07747), reports on a validation split after every epoch and on the test set once,
+and fills runs/fashion-mnist/, all in about 30 s. Then `--predict photo.jpg` classifies a photo.
 """
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import safetensors.torch
 import torch
@@ -32,102 +36,163 @@ CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-
 ROOT = Path(__file__).resolve().parent.parent
 RAW = ROOT / "data/FashionMNIST/raw"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = ROOT / "data/fashion-mnist-sample"
 OUT = ROOT / "runs/fashion-mnist"
+SAMPLE_NOTE = " (one sixth of the data; go online or pass --data for all of it)"
+MOST_IMAGES = 1_000_000  # a file that announces more is broken
+PHOTO_SIDE = 224  # pixels, enough to cut out a garment
+SMALLEST = 0.004  # of a photo, that a garment covers
 Split = tuple[Tensor, Tensor]  # images (N, 28, 28) uint8, labels (N,) int64
 
 
+class Epoch(NamedTuple):
+    """A row of the table: what an epoch brought."""
+
+    epoch: int
+    training_loss: float
+    validation_loss: float
+    accuracy: float
+    seconds: float
+
+
 def read_idx(path: Path, *size: int) -> Tensor:
-    """Read (N, *size) uint8 from `path`.gz or else `path`. Raises OSError if that is not whole."""
+    """Read (N, *size) uint8 from `path`.gz or else `path`, and no more than the header announces.
+
+    Raises OSError if the file is truncated or invalid.
+    """
     zipped = path.with_name(path.name + ".gz")
     path = zipped if zipped.exists() else path
-    raw = path.read_bytes()
-    try:
-        raw = bytearray(gzip.decompress(raw) if path is zipped else raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise OSError(f"{path} is broken: {error}") from error
-    start = 4 * (2 + len(size))
-    count, rest = divmod(len(raw) - start, math.prod(size))
-    header = (0x801 + len(size), count, *size)  # bytes, in 1 + len(size) dimensions
-    if count < 1 or rest or raw[:start] != np.array(header, ">u4").tobytes():
-        raise OSError(f"{path} is broken: {len(raw)} bytes are no IDX file of {('N', *size)} bytes")
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=start).view(count, *size)
+    with path.open("rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if path == zipped else raw
+        try:
+            header = file.read(4 * (2 + len(size)))
+            count = int.from_bytes(header[4:8])
+            content = bytearray(file.read(min(count, MOST_IMAGES) * math.prod(size) + 1))
+        except (EOFError, OSError, zlib.error) as error:
+            raise OSError(f"{path} is broken: {error}") from error
+    expected = np.array((0x801 + len(size), count, *size), ">u4").tobytes()
+    if count < 1 or header != expected or len(content) != count * math.prod(size):
+        shape = ", ".join(map(str, ("N", *size)))
+        found = f"{len(header) + len(content)} bytes or more of something else"
+        raise OSError(f"{path} is broken: expected an IDX file of shape ({shape}), got {found}")
+    return torch.frombuffer(content, dtype=torch.uint8).view(count, *size)
 
 
 def load(folder: Path, train: bool) -> Split:
-    """Read images (N, 28, 28) uint8 and labels (N,) int64. Raises OSError if they aren't whole."""
+    """Read the training or the test split. Raises OSError if its files are missing or broken."""
     name = "train" if train else "t10k"
     images = read_idx(folder / f"{name}-images-idx3-ubyte", 28, 28)
     labels = read_idx(folder / f"{name}-labels-idx1-ubyte")
     if len(images) != len(labels) or labels.max() >= len(CLASSES):
-        counts = f"{len(images)} pictures and {len(labels)} labels up to {labels.max()}"
+        counts = f"{len(images)} images and {len(labels)} labels up to {labels.max()}"
         raise OSError(f"{folder} is broken: {counts} for {name} don't fit")
     return images, labels.long()
 
 
 def download(folder: Path, seconds: float = 30.0) -> None:
-    """Let torchvision download the data (30 MB) to `folder`, which must end in FashionMNIST/raw.
+    """Let torchvision fetch the data (30 MB) to `folder`, .../FashionMNIST/raw, or raise OSError.
 
-    It has no timeout, so it gets a process of its own and `seconds`. Raises OSError if it fails.
+    It has no timeout, so it gets a process of its own.
     """
     code = "import sys, torchvision as t; t.datasets.FashionMNIST(sys.argv[1], download=True)"
-    command = [sys.executable, "-c", code, folder.parents[1]]
+    command = [sys.executable, "-c", code, str(folder.parents[1])]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"download: not done after {seconds:.0f} s") from None
     except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().rpartition("\n")[2]
-        raise OSError(f"download: {reason}") from None
+        raise OSError(f"download: {error.stderr.strip().splitlines()[-1]}") from None
 
 
 def find_data(given: Path | None = None) -> tuple[Path, Split, Split, list[str]]:
-    """Read the data from the folder that is given, or else the first whole copy to be found.
+    """Read the given folder, or else the first complete copy of the data.
 
-    Returns its folder, the training and the test split, and what failed before, or raises OSError.
+    Return its folder, both splits, and what is wrong with other copies; or raise OSError.
     """
-    problems = []
-    for folder, fetch in ((RAW, False), (DEBIAN, False), (RAW, True)) if not given else ():
+    problems: list[str] = []
+    if given:
+        return given, load(given, train=True), load(given, train=False), problems
+    for folder in (RAW, DEBIAN):
         try:
-            if fetch:
-                download(folder)
             return folder, load(folder, train=True), load(folder, train=False), problems
         except FileNotFoundError:
             continue
         except OSError as error:
             problems.append(str(error))
-    folder = given or SAMPLE
-    return folder, load(folder, train=True), load(folder, train=False), problems
+    try:
+        download(RAW)
+        return RAW, load(RAW, train=True), load(RAW, train=False), problems
+    except OSError as error:
+        problems.append(str(error))
+    return SAMPLE, load(SAMPLE, train=True), load(SAMPLE, train=False), problems
 
 
-def prepare(image: Image.Image) -> Tensor:
-    """Turn a photo of a garment into a picture as in the data set: uint8 (28, 28), light on black.
-
-    After section 2 of Xiao, Rasul and Vollgraf 2017: what is within 5 % of the corners' color is
-    trimmed as background, the longer side becomes 28 pixels, and a light background turns black.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # which Pillow would clip, not scale
+def open_photo(path: Path) -> Image.Image:
+    """Read a photo: upright, RGB, on white if transparent, at most `PHOTO_SIDE` pixels a side."""
+    with Image.open(path) as file:
+        size = (4 * PHOTO_SIDE, 4 * PHOTO_SIDE)
+        file.thumbnail(size, Image.Resampling.NEAREST)  # makes no copy of the original's size
+        image: Image.Image = ImageOps.exif_transpose(file)
+    if image.mode in ("I", "F"):  # whose range may be anything
+        raise ValueError("32 bits per pixel and channel are too many; 16 are not")
+    if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256).convert("L")
     image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
-    background = sorted(image.getpixel((x, y)) for x in (0, -1) for y in (0, -1))[2]
-    if background > 127:
-        image, background = ImageOps.invert(image), 255 - background
-    scale = 255 / (255 - background)
-    image = image.point([(v > background + 13) * (v - background) * scale for v in range(256)])
-    return torch.from_numpy(np.array(ImageOps.pad(image.crop(image.getbbox()), (28, 28))))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    scale = PHOTO_SIDE / max(image.size)
+    return image.resize((max(8, round(scale * image.width)), max(8, round(scale * image.height))))
+
+
+def prepare(photo: Image.Image) -> Tensor:
+    """Turn a photo of a garment into an image as in the data set: uint8 (28, 28), light on black.
+
+    GrabCut (Rother, Kolmogorov and Blake 2004) cuts out what differs from the border. Then, as in
+    section 2 of Xiao, Rasul and Vollgraf 2017, it is made negative and cropped, and its longer side
+    becomes 28 pixels. Raises ValueError if there is nothing but background.
+    """
+    pixels = cv2.bilateralFilter(np.asarray(photo), 5, 30, 3)  # removes noise, keeps edges
+    border = np.ones(pixels.shape[:2], dtype=bool)
+    edge = max(1, min(photo.size) // 20)
+    border[edge:-edge, edge:-edge] = False
+    small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
+    inside = np.pad(np.ones((28, 28), dtype=np.uint8), 2)
+    table = cv2.resize(cv2.inpaint(small, inside, 3, cv2.INPAINT_TELEA), photo.size)
+    off = cv2.absdiff(pixels, table)  # from what the border lets expect
+    differs = (off > 3 * (off[border].mean(axis=0) + 8)).any(axis=-1)
+    mask = np.where(differs, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    mask[border] = cv2.GC_BGD
+    if (mask == cv2.GC_PR_FGD).mean() > SMALLEST:
+        cv2.setRNGSeed(0)  # GrabCut draws at random; the same photo shall give the same image
+        colors = np.zeros((1, 65))  # GrabCut fills it
+        cv2.grabCut(pixels, mask, (0, 0, 1, 1), colors, colors.copy(), 5, cv2.GC_INIT_WITH_MASK)
+    _, parts, stats, _ = cv2.connectedComponentsWithStats((mask == cv2.GC_PR_FGD).astype(np.uint8))
+    areas = stats[:, cv2.CC_STAT_AREA]
+    areas[0] = 0  # the background
+    if areas.max() < SMALLEST * mask.size:
+        raise ValueError("nothing but background")
+    garment = (areas > areas.max() / 20)[parts]
+
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(float)
+    if np.median(gray[~garment]) > 60:  # on black, a photo is as light as the data set
+        gray = 255 - gray
+    gray *= 255 / max(1, np.percentile(gray[garment], 99))
+    image = Image.fromarray((gray * garment).clip(0, 255).astype(np.uint8))
+    tilt = (cv2.minAreaRect(cv2.findNonZero(garment.astype(np.uint8)))[2] + 45) % 90 - 45
+    if abs(tilt) <= 12:  # more may be its shape
+        image = image.rotate(tilt, Image.Resampling.BILINEAR, expand=True)
+    image = image.crop(image.point(lambda value: 255 * (value > 8)).getbbox())
+    return torch.from_numpy(np.array(ImageOps.pad(image, (28, 28), Image.Resampling.BOX)))
 
 
 class Classifier(nn.Module):
     """Three linear layers: images (B, 28, 28) uint8 -> logits (B, 10).
 
-    Square roots of the pixels tell dark garments from black. Batch normalization (Ioffe and Szegedy
-    2015) undoes any shift and scale, so what comes before it needs no bias and no normalization.
+    Pixels are bytes; the square root brightens dark garments against the black background. Batch
+    normalization (Ioffe and Szegedy 2015) undoes any shift and scale, so what comes before it needs
+    no bias and no normalization.
     """
 
     def __init__(self, width: int = 512) -> None:
@@ -162,9 +227,9 @@ def train_epoch(
     model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer,
     schedule: LRScheduler | None = None, batch_size: int = 500,
 ) -> float:  # fmt: skip
-    """Train on every picture once, augmented and in random order; return the mean loss.
+    """Train on every image once, augmented and in random order; return the mean loss.
 
-    A batch has `batch_size` pictures or more. Raises FloatingPointError if the loss isn't finite.
+    A batch has `batch_size` images or more.
     """
     model.train()
     order = torch.randperm(len(images)).to(images.device)
@@ -179,10 +244,7 @@ def train_epoch(
         if schedule:
             schedule.step()
         total += loss.detach() * len(batch)
-    mean = total.item() / len(images)
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"the loss became {mean}; a smaller --lr may help")
-    return mean
+    return total.item() / len(images)
 
 
 @torch.inference_mode()
@@ -199,7 +261,49 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
     return F.cross_entropy(logits, labels).item(), accuracy.item()
 
 
-def draw_history(rows: Sequence[Sequence[float]]) -> Figure:
+def hold_out(split: Split) -> tuple[Split, Split]:
+    """Return 59 in 60 for training and the rest for validation, drawn at random."""
+    order = torch.randperm(len(split[0]))
+    kept = len(order) - len(order) // 60
+    if kept == len(order):
+        raise OSError(f"{kept} images are too few to hold some back for validation")
+    images, labels = (tensor[order] for tensor in split)
+    return (images[:kept], labels[:kept]), (images[kept:], labels[kept:])
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    validation: Split,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Iterator[Epoch]:
+    """Train, and yield how it stands after each epoch.
+
+    The learning rate rises to its highest value and falls again (Smith and Topin 2017, arXiv
+    1708.07120). Raises FloatingPointError if a loss isn't finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+    steps = max(6, epochs * max(1, len(train[0]) // batch_size))  # OneCycleLR fails at 5 steps
+    schedule = OneCycleLR(
+        optimizer,
+        learning_rate,
+        steps,
+        pct_start=0.2,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        loss = train_epoch(model, *train, optimizer, schedule, batch_size)
+        validation_loss, accuracy = evaluate(model, *validation)
+        if not math.isfinite(loss + validation_loss):
+            raise FloatingPointError("the loss isn't finite; a smaller --learning-rate may help")
+        yield Epoch(epoch, loss, validation_loss, accuracy, time.perf_counter() - start)
+
+
+def draw_history(rows: Sequence[Epoch]) -> Figure:
     """Draw loss and accuracy by epoch."""
     epoch, training, validation, accuracy, _ = zip(*rows, strict=True)
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -213,9 +317,9 @@ def draw_history(rows: Sequence[Sequence[float]]) -> Figure:
 
 
 def draw_confusion(confusion: Tensor) -> Figure:
-    """Draw how often each class (row) was taken for each class (column)."""
+    """Draw how often each class (row) was predicted as each class (column)."""
     figure = Figure(figsize=(7, 6.5), layout="constrained")
-    axes = figure.subplots(subplot_kw={"xlabel": "what the network said", "ylabel": "what it was"})
+    axes = figure.subplots(subplot_kw={"xlabel": "predicted class", "ylabel": "true class"})
     axes.imshow(confusion.sqrt().numpy(), cmap="Blues")
     for (i, j), count in np.ndenumerate(confusion.numpy()):
         axes.text(j, i, count, ha="center", va="center", color="white" if i == j else "black")
@@ -225,153 +329,182 @@ def draw_confusion(confusion: Tensor) -> Figure:
 
 
 def draw_answers(images: Tensor, labels: Tensor, guesses: Tensor) -> Figure:
-    """Draw the first 24 pictures: what the network said, and what it was."""
+    """Draw the first 24 images with their predicted and true classes."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     panels = figure.subplots(4, 6, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
     for axes, image, label, guess in zip(panels.flat, images, labels, guesses, strict=False):
         axes.imshow(image.numpy(), cmap="gray")
         color = "black" if guess == label else "firebrick"
-        axes.set_title(f"said {CLASSES[guess]}\nwas {CLASSES[label]}", fontsize=9, color=color)
+        axes.set_title(
+            f"predicted {CLASSES[guess]}\ntrue {CLASSES[label]}", fontsize=8, color=color
+        )
     return figure
 
 
-def show_picture(picture: Tensor) -> None:
-    """Print a picture (28, 28), each character two pixels, in the 24 grays of a terminal."""
-    for rows in (232 + picture.long() * 24 // 256).view(14, 2, 28).tolist():
+def show_image(image: Tensor) -> None:
+    """Print an image (28, 28), each character two pixels, in the 24 grays of a terminal."""
+    for rows in (232 + image.long() * 24 // 256).view(14, 2, 28).tolist():
         pixels = (f"\x1b[38;5;{top};48;5;{bottom}m▀" for top, bottom in zip(*rows, strict=True))
         print("".join(pixels) + "\x1b[0m")
 
 
-def write(path: Path, content: bytes | Figure) -> None:
-    """Write beside and move into place: a crash leaves the old file or the new one, whole."""
-    beside = path.with_name(path.name + ".part")
+def printable(text: object) -> str:
+    """Return text without control characters, which could steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if isinstance(content, Figure):
-            content.savefig(beside, format="png", dpi=120)
-        else:
-            beside.write_bytes(content)
-        beside.replace(path)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
+        raise OSError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def print_photos(path: Path, photos: Sequence[Path]) -> int:
-    """Name photos; return 1 if one fails, else 0. Raises OSError if `path` holds no network."""
-    model, status = Classifier(), 0
+def usable_device(name: str) -> torch.device:
+    """Parse --device; argparse refuses the option unless a tensor can be made there."""
     try:
-        model.load_state_dict(safetensors.torch.load(path.read_bytes()))
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # each kind of device fails in its own way
         reason = str(error).partition("\n")[0]
-        raise OSError(f"no model of this script, train one first: {path}: {reason}") from error
+        raise argparse.ArgumentTypeError(f"{name!r} can't be used here: {reason}") from None
+    return torch.device(name)
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := type(low)(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"must be between {low:,} and {high:,}")
+
+    return parse
+
+
+def load_model(path: Path) -> Classifier:
+    """Read a saved network. Raises OSError if the file holds something else."""
+    model = Classifier()
+    expected = {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
+    try:
+        weights = safetensors.torch.load_file(path)
+        if {name: (x.shape, x.dtype) for name, x in weights.items()} != expected:
+            raise ValueError("its weights are those of another network")
+        if not all(x.isfinite().all() for x in weights.values()):
+            raise ValueError("some weights are not finite")
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise OSError(
+            f"{path}: not a model saved by this script; train one first: {error}"
+        ) from error
+    model.load_state_dict(weights)
+    return model
+
+
+def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
+    """Show what the network sees of each photo and predicts; return 1 if one fails, else 0."""
+    status = 0
     for photo in photos:
         try:
-            with Image.open(photo) as image:
-                picture = prepare(image)
+            image = prepare(open_photo(photo))
         except Exception as error:  # Pillow's decoders raise all kinds for a broken file
-            print(f"{photo}: {error}", file=sys.stderr)
+            print(printable(f"{photo}: {error}"), file=sys.stderr)
             status = 1
             continue
-        show_picture(picture)
-        best = zip(*predict(model, picture.unsqueeze(0)).softmax(dim=1)[0].topk(3), strict=True)
-        print(f"{photo}: " + ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in best))
+        show_image(image)
+        best = zip(*predict(model, image.unsqueeze(0)).softmax(dim=1)[0].topk(3), strict=True)
+        print(printable(photo), ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in best), sep=": ")
+    print(end="", flush=True)
     return status
 
 
+def report(model: nn.Module, rows: Sequence[Epoch], test: Split, out: Path) -> float:
+    """Draw pictures of how well the network predicts, in the folder `out`; return its accuracy."""
+    images, labels = test
+    logits = predict(model, images.to(next(model.parameters()).device)).cpu()
+    guesses = logits.argmax(dim=1)
+    confusion = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
+    confusion.index_put_((labels, guesses), torch.tensor(1), accumulate=True)
+    hardest = F.cross_entropy(logits, labels, reduction="none").argsort(descending=True)
+    mistakes = hardest[guesses[hardest] != labels[hardest]]
+    figures = {
+        "history": draw_history(rows),
+        "confusion": draw_confusion(confusion),
+        "answers": draw_answers(images, labels, guesses),
+        "mistakes": draw_answers(images[mistakes], labels[mistakes], guesses[mistakes]),
+    }
+    for name, figure in figures.items():
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=120)
+        write(out / f"{name}.png", file.getvalue())
+    return (guesses == labels).double().mean().item()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, report and save, or name what photos show; return the exit status."""
-    sys.stdout.reconfigure(encoding="utf-8")  # also into a pipe, or an old console
+    """Train, save and report, or classify photos; return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", write_through=False)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, help="folder of the four files; else looked for")
-    source.add_argument("--sample", action="store_true", help="use the bundled sample")
-    parser.add_argument("--epochs", type=int, default=16, help="passes over the pictures")
-    parser.add_argument("--batch-size", type=int, default=500, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
-    parser.add_argument("--predict", type=Path, nargs="+", metavar="PHOTO", help="only name these")
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    add = parser.add_argument
+    add("--data", type=Path, help="folder with the four IDX files; searched for if omitted")
+    add("--sample", action="store_true", help="use the bundled sample instead of --data")
+    add("--epochs", type=number(1, 10_000), default=16, help="passes over the images")
+    add("--batch-size", type=number(2, 100_000), default=500, help="images per step")
+    add("--learning-rate", type=number(1e-9, 10.0), default=6e-3, help="the highest one")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="fixes every random choice")
+    add("--device", type=usable_device, default=device, help="where to compute")
+    add("--out", type=Path, default=OUT, help="folder for the results")
+    add("--predict", type=Path, nargs="+", metavar="PHOTO", help="classify, instead of training")
     args = parser.parse_args(argv)
-    numbers_fit = args.epochs >= 1 and args.batch_size >= 2 and 0 < args.lr < math.inf
-    if not numbers_fit or not 0 <= args.seed < 2**63:
-        parser.error("--epochs from 1, --batch-size from 2, --lr above 0, --seed from 0, please")
-    if args.data and not args.data.is_dir():
-        parser.error(f"argument --data: there is no folder {args.data}")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
-        parser.error(f"argument --device: {args.device!r} can't be used here")
+    if args.data and (args.sample or not args.data.is_dir()):
+        parser.error("argument --data: must be a folder, and without --sample")
+    if "\0" in str(args.out):
+        parser.error("argument --out: must be a name without NUL")
     started = time.perf_counter()
     try:
         if args.predict:
-            return print_photos(args.out / "model.safetensors", args.predict)
+            return print_photos(load_model(args.out / "model.safetensors"), args.predict)
 
         args.out.mkdir(parents=True, exist_ok=True)
         folder, train, test, problems = find_data(SAMPLE if args.sample else args.data)
         for problem in problems:
-            print(f"{parser.prog}: passing over {problem}", file=sys.stderr)
-        note = " (a sixth of all, so less accurate; --data or a network brings the rest)"
-        print(f"Data: {folder}{note if folder == SAMPLE else ''}")
-
+            print(printable(f"{parser.prog}: skipped: {problem}"), file=sys.stderr)
         torch.manual_seed(args.seed)
-        torch.set_float32_matmul_precision("medium")  # bfloat16 where that is faster
-        order = torch.randperm(len(train[0]))
-        kept = len(order) - len(order) // 60  # 59,000 of 60,000; the rest validates
-        if kept == len(order):
-            raise OSError(f"{folder}: {kept} pictures are too few to hold some back")
-        images, labels = (tensor[order[:kept]].to(args.device) for tensor in train)
-        validation = [tensor[order[kept:]].to(args.device) for tensor in train]
+        train, validation = ((x.to(args.device), y.to(args.device)) for x, y in hold_out(train))
         model = Classifier().to(args.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-        steps = max(6, args.epochs * max(1, kept // args.batch_size))  # OneCycleLR fails at 5 steps
-        schedule = OneCycleLR(
-            optimizer, args.lr, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
-        )
-
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{kept:,} pictures to learn from; {parameters:,} parameters on {args.device}\n")
+        print(f"Data: {printable(folder)}{SAMPLE_NOTE if folder == SAMPLE else ''}")
+        print(f"{len(train[0]):,} training images, {len(validation[0]):,} for validation\n")
         print("epoch  training loss  validation loss  accuracy  seconds")
         rows = []
-        for epoch in range(1, args.epochs + 1):
-            start = time.perf_counter()
-            loss = train_epoch(model, images, labels, optimizer, schedule, args.batch_size)
-            rows.append((epoch, loss, *evaluate(model, *validation), time.perf_counter() - start))
-            row = "{:5}  {:13.4f}  {:15.4f}  {:8.2%}  {:7.1f}".format(*rows[-1])
-            print(row, flush=True)
-
-        logits, labels = predict(model, test[0].to(args.device)).cpu(), test[1]
-        guesses, losses = logits.argmax(dim=1), F.cross_entropy(logits, labels, reduction="none")
-        was, said = (F.one_hot(x, len(CLASSES)) for x in (labels, guesses))
-        confusion = was.T @ said  # rows: what it was; columns: what the network said
-        accuracy = confusion.trace().item() / len(labels)
-        precision, recall = (confusion.diag() / confusion.sum(dim=d).clamp(min=1) for d in (0, 1))
-        classes = list(zip(CLASSES, precision.tolist(), recall.tolist(), strict=True))
-        print(f"\nTest: {accuracy:.2%} of {len(labels):,} pictures\n\n{'':11}  precision  recall")
-        for row in classes:
-            print("{:11}  {:9.1%}  {:6.1%}".format(*row))
-
-        metrics = {
-            "settings": vars(args), "data": folder, "torch": torch.__version__,
-            "python": sys.version.split()[0], "epochs": rows, "test_accuracy": accuracy,
-            "classes": classes, "seconds": time.perf_counter() - started,
-        }  # fmt: skip
+        for row in fit(model, train, validation, args.epochs, args.batch_size, args.learning_rate):
+            losses = f"{row.training_loss:13.4f}  {row.validation_loss:15.4f}"
+            print(f"{row.epoch:5}  {losses}  {row.accuracy:8.2%}  {row.seconds:7.1f}")
+            rows.append(row)
         write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
+        accuracy = report(model, rows, test, args.out)
+        metrics = vars(args) | {"data": folder, "torch": torch.__version__, "test": accuracy}
+        metrics["epochs"] = [row._asdict() for row in rows]
         write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
-        write(args.out / "history.png", draw_history(rows))
-        write(args.out / "confusion.png", draw_confusion(confusion))
-        write(args.out / "answers.png", draw_answers(test[0], labels, guesses))
-        order = losses.argsort(descending=True)
-        hard = order[guesses[order] != labels[order]]
-        write(args.out / "mistakes.png", draw_answers(test[0][hard], labels[hard], guesses[hard]))
-        print(f"\nSaved in {args.out} after {metrics['seconds']:.1f} s")
-    except (OSError, FloatingPointError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        print(f"\nTest: {accuracy:.2%} of {len(test[0]):,} images")
+        print(f"\nSaved in {printable(args.out)} after {time.perf_counter() - started:.1f} s")
+        print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, FloatingPointError) as error:
+        print(f"{parser.prog}: {printable(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,5 +1,8 @@
 import importlib
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ def test_fit_line_finds_the_least_squares_line(slope, intercept):
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, 50, dtype=torch.float64)
     y = slope * x + intercept + 0.1 * torch.randn(50, dtype=torch.float64)
-    found = hello.fit_line(x, y, steps=300, lr=0.2)
+    found = hello.fit_line(x, y, steps=300, learning_rate=0.2)
     np.testing.assert_allclose(found, np.polyfit(x.numpy(), y.numpy(), 1), atol=1e-6)
 
 
@@ -24,7 +27,7 @@ def test_one_step_lowers_the_squared_error():
     errors = []
     for steps in (0, 1, 10):
         torch.manual_seed(1)
-        w, b = hello.fit_line(x, y, steps=steps, lr=0.1)
+        w, b = hello.fit_line(x, y, steps=steps, learning_rate=0.1)
         errors.append((w * x + b - y).square().mean().item())
     assert errors[0] > errors[1] > errors[2]
 
@@ -41,10 +44,32 @@ def test_it_runs_and_prints_what_it_found(run_script):
     np.testing.assert_allclose(np.float64(best), [3, -2], atol=0.15)
 
 
-@pytest.mark.parametrize("argument", ["--device abacus", f"--seed {2**70}"])
-def test_a_value_that_makes_no_sense_is_refused(argument, capsys):
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--device abacus", "argument --device: 'abacus' can't be used here: "),
+        ("--device hpu", "argument --device: 'hpu' can't be used here: "),
+        ("--device meta", "argument --device: 'meta' can't be used here: "),
+        (f"--seed {2**70}", "argument --seed: must be between 0 and "),
+        ("--seed -1", "argument --seed: must be between 0 and "),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(argument, message, capsys):
     with pytest.raises(SystemExit) as stop:
         hello.main(argument.split())
     assert stop.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert argument in error and "can't be used here" in error
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_closed_pipe_ends_it_quietly():
+    process = subprocess.Popen(
+        [sys.executable, hello.__file__, "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", -signal.SIGPIPE)
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert hello.main(["--device", "cpu"]) == 0

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Measure training and decoding of translation.py beside PyTorch's nn.Transformer.
+
+    poetry run benchmarks/translation.py
+
+The same weights learn from the same batches in the same loop, in turn in one process; around
+nn.Transformer go the same embedding, positions and output. Then the script decodes with and without
+its cache. Prints medians of rounds after a warm-up.
+"""
+
+import copy
+import importlib
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+attention = importlib.import_module("attention")
+script = importlib.import_module("translation")
+
+ROUNDS = 3
+SETTINGS = replace(script.Settings(), dropout=0.0)  # PyTorch's has dropout in more places
+SENTENCES, WORDS = 300, (8, 28)  # and how many tokens one has
+DECODED = 64  # tokens
+BATCHES = (1, 8, 32)  # sentences to decode at once
+
+Pairs = list[tuple[list[int], list[int]]]
+
+
+class PyTorchs(nn.Module):
+    """nn.Transformer, norm first, with the weights of ours and the same things around it."""
+
+    def __init__(self, ours: nn.Module, settings: script.Settings) -> None:
+        super().__init__()
+        self.embedding, self.positions = copy.deepcopy(ours.embedding), ours.positions
+        self.layers = nn.Transformer(
+            settings.d_model, settings.num_heads, settings.num_layers, settings.num_layers,
+            settings.d_ff, dropout=0.0, batch_first=True, norm_first=True,
+        )  # fmt: skip
+        others = [*self.layers.encoder.layers, *self.layers.decoder.layers]
+        for layer, other in zip([*ours.encoder, *ours.decoder], others, strict=True):
+            self.copy(layer.self_attention, other.self_attn)
+            if hasattr(layer, "cross_attention"):
+                self.copy(layer.cross_attention, other.multihead_attn)
+                other.norm3.load_state_dict(layer.norm3.state_dict())
+            other.linear1.load_state_dict(layer.feed_forward[0].state_dict())
+            other.linear2.load_state_dict(layer.feed_forward[2].state_dict())
+            other.norm1.load_state_dict(layer.norm1.state_dict())
+            other.norm2.load_state_dict(layer.norm2.state_dict())
+        self.layers.encoder.norm.load_state_dict(ours.encoder_norm.state_dict())
+        self.layers.decoder.norm.load_state_dict(ours.decoder_norm.state_dict())
+        self.to(ours.positions.device)
+
+    @staticmethod
+    def copy(heads: nn.Module, other: nn.MultiheadAttention) -> None:
+        """Copy the weights of attention; its biases, which ours has not, stay 0."""
+        matrices = [heads.W_q.weight, heads.W_k.weight, heads.W_v.weight]
+        other.in_proj_weight.data.copy_(torch.cat(matrices))
+        other.out_proj.weight.data.copy_(heads.W_o.weight)
+        for bias in (other.in_proj_bias, other.out_proj.bias):
+            nn.init.zeros_(bias).requires_grad_(False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Do what ours does."""
+        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
+        return x + self.positions[: tokens.shape[1]]
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Do what ours does; PyTorch's masks are True where nothing may be attended to."""
+        padding = source == script.PAD
+        future = ~attention.causal_mask(target.shape[1], target.device)
+        x = self.layers(
+            self.embed(source), self.embed(target), tgt_mask=future, tgt_is_causal=True,
+            src_key_padding_mask=padding, memory_key_padding_mask=padding,
+        )  # fmt: skip
+        return x @ self.embedding.weight.T
+
+
+def draw_sentences() -> Pairs:
+    """Return sentences of random tokens, and their translations."""
+    random, pairs = Random(0), []
+    for _ in range(SENTENCES):
+        length = random.randint(*WORDS)
+        source, target = (
+            random.choices(range(3, SETTINGS.vocab_size), k=length - side) for side in (0, 1)
+        )
+        pairs.append(([*source, script.EOS], [script.BOS, *target, script.EOS]))
+    return pairs
+
+
+def in_turn(*works: Callable[[], object]) -> tuple[list[float], list[list[object]]]:
+    """Do the works one after the other, for a warm-up and ROUNDS.
+
+    Returns the median seconds of each, and what they returned in each round.
+    """
+    rounds, returned = [], []
+    for _ in range(1 + ROUNDS):
+        rounds.append([])
+        returned.append([])
+        for work in works:
+            start = time.perf_counter()
+            returned[-1].append(work())
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            rounds[-1].append(time.perf_counter() - start)
+    return [statistics.median(column) for column in zip(*rounds[1:], strict=True)], returned
+
+
+def compare(pairs: Pairs, device: str) -> nn.Module:
+    """Measure an epoch of training, print a line, and return the network."""
+    torch.manual_seed(0)
+    ours = script.PreNormTransformer(SETTINGS.vocab_size, SETTINGS).to(device)
+    works = []
+    for model in (PyTorchs(ours, SETTINGS), ours):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.98), eps=1e-9, fused=True)
+        run = script.Run({}, SETTINGS, None, model, optimizer, script.Progress(seed=0))
+
+        def epoch(run: script.Run = run) -> float:
+            run.progress.epoch = 0  # the same batches each time
+            script.train_epoch(run, run.model, pairs, [])
+            return run.progress.loss / run.progress.count
+
+        works.append(epoch)
+    (theirs, mine), losses = in_turn(*works)
+    for a, b in losses:
+        assert math.isclose(a, b, rel_tol=0.01), f"that is not the same work: {losses}"
+    batches = len(script.make_batches(pairs, SETTINGS.batch_tokens, Random("0 0")))
+    tokens = sum(len(source) + len(target) - 1 for source, target in pairs)
+    print(
+        f"{batches:5} {1000 * theirs / batches:15.1f} {1000 * mine / batches:6.1f} "
+        f"{theirs / mine:6.2f} {tokens / mine:9,.0f}  {losses[-1][0]:.5f} and {losses[-1][1]:.5f}"
+    )
+    return ours
+
+
+@torch.no_grad()
+def decode(model: nn.Module, B: int, device: str) -> None:
+    """Measure decoding with and without the cache, and print a line."""
+    S = (DECODED - 20) // 2  # for a target is at most twice as long, and 20 tokens
+    source = torch.randint(3, SETTINGS.vocab_size, (B, S), device=device)
+    (slow, fast), found = in_turn(
+        lambda: script.beam_search(model, source, beam=1, use_cache=False),
+        lambda: script.beam_search(model, source, beam=1),
+    )
+    assert found[0][0] == found[0][1], "the cache changes what is decoded"
+    assert {len(ids) for ids in found[0][1]} == {DECODED}
+    print(f"{B:5} {1000 * slow:14.0f} {1000 * fast:11.0f} {slow / fast:7.1f}")
+
+
+def without_end(model: nn.Module) -> None:
+    """Keep the network from predicting EOS, so that all it decodes is equally long."""
+    to_logits, mask = model.to_logits, torch.zeros(SETTINGS.vocab_size)
+    mask[script.EOS] = -math.inf
+    mask = mask.to(model.positions.device)
+    model.to_logits = lambda x: to_logits(x) + mask
+
+
+def main() -> None:
+    """Print the tables."""
+    warnings.filterwarnings("ignore", message="enable_nested_tensor")
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    print(f"PyTorch {torch.__version__} on {device}, {torch.get_num_threads()} threads;")
+    print(f"milliseconds per step, medians of {ROUNDS}.\n")
+    print("steps  nn.Transformer   ours  ratio  tokens/s  losses")
+    model = compare(draw_sentences(), device)
+    without_end(model)
+    print(f"\nDecoding {DECODED} tokens:")
+    print("batch  without cache  with cache   ratio")
+    for B in BATCHES:
+        decode(model, B, device)
+
+
+if __name__ == "__main__":
+    main()
