@@ -51,12 +51,18 @@ def make_works(
     theirs = theirs.to(device, dtype).train(backward)
     x, gradient = torch.randn(2, batch, T, D_MODEL, device=device, dtype=dtype)
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(ours.W_qkv.weight)
+        matrices = (ours.W_q.weight, ours.W_k.weight, ours.W_v.weight)
+        theirs.in_proj_weight.copy_(torch.cat(matrices))
         theirs.out_proj.weight.copy_(ours.W_o.weight)
-        QKV = ours.project(x, 0, 3).contiguous()  # (3, batch, H, T, d_k)
+        QKV = torch.stack(ours.split_heads(x, x, x, None)[:3])  # (3, batch, H, T, d_k)
     x, QKV = x.requires_grad_(backward), QKV.requires_grad_(backward)
     heads = gradient.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2).contiguous()
     parameters = (*ours.parameters(), *theirs.parameters())
+
+    def formula() -> Tensor:
+        Q, K, V, _ = ours.split_heads(x, x, x, None)
+        output, _ = attention.scaled_dot_product_attention(Q, K, V)
+        return ours.W_o(output.transpose(1, 2).flatten(2))
 
     def work(forward: Work, source: Tensor, gradient: Tensor) -> Work:
         def both() -> Tensor:
@@ -69,8 +75,8 @@ def make_works(
         return both if backward else torch.no_grad()(forward)
 
     return {
-        "formula": work(lambda: ours(x, x, x, need_weights=True)[0], x, gradient),
-        "ours": work(lambda: ours(x, x, x)[0], x, gradient),
+        "formula": work(formula, x, gradient),
+        "ours": work(lambda: ours(x, x, x), x, gradient),
         "nn.MHA": work(lambda: theirs(x, x, x, need_weights=False)[0], x, gradient),
         "F.sdpa": work(lambda: F.scaled_dot_product_attention(*QKV), QKV, heads),
     }, work(lambda: attention.scaled_dot_product_attention(*QKV)[0], QKV, heads)
@@ -179,7 +185,7 @@ def main() -> None:
             results[title] = compare(device, dtype, backward)
     out = ROOT / "runs/benchmarks"
     out.mkdir(parents=True, exist_ok=True)
-    attention.write(out / "attention.png", draw(results))
+    draw(results).savefig(out / "attention.png", dpi=120)
     print(f"\nDrawn in {out / 'attention.png'}")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 
 class Done(NamedTuple):

@@ -112,10 +112,14 @@ def test_attention_prints_what_the_readme_says(capsys, tmp_path):
     attention = importlib.import_module("attention")
     attention.main(["--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
-    assert len(outputs) >= 5
+    assert len(outputs) >= 4
     for output in outputs:
-        for part in output.strip().split("\n\n"):
-            assert_printed(part, printed)
+        if output.startswith("Why positions"):  # trained for longer, so only in form
+            wanted = {skeleton(line) for line in output.partition("  head 1")[0].splitlines()}
+            assert wanted - {""} <= {skeleton(line) for line in printed}
+        else:
+            for part in output.strip().split("\n\n"):
+                assert_printed(part, printed)
 
 
 def test_fashion_mnist_prints_lines_of_the_readmes_kind(capsys, tmp_path):
@@ -127,12 +131,13 @@ def test_fashion_mnist_prints_lines_of_the_readmes_kind(capsys, tmp_path):
 
 
 def test_transformer_prints_lines_of_the_readmes_kind(capsys, tmp_path, monkeypatch):
-    table = next(b for b in blocks(chapter_of("transformer.py"), "") if b.startswith("epoch"))
+    table = next(b for b in blocks(chapter_of("transformer.py"), "") if "epoch  training" in b)
     transformer = importlib.import_module("transformer")
-    monkeypatch.setattr(transformer, "TEST_DAYS", 52)
-    arguments = ["--device", "cpu", "--beam", "1", "--out", str(tmp_path), "--set", "epochs=1"]
-    transformer.main([*arguments, "epoch_dates=100", "d_model=16"])
+    for name, value in (("BATCHES", 2), ("TEST_DAYS", 52), ("VALIDATION_DAYS", 10)):
+        monkeypatch.setattr(transformer, name, value)
+    transformer.main(["--device", "cpu", "--out", str(tmp_path), "--epochs", "1"])
     printed = {skeleton(line) for line in capsys.readouterr().out.splitlines()}
-    wanted = table.partition("...")[0].splitlines()
-    assert len(wanted) >= 7
+    wanted = table.partition("Test: ")[0].splitlines()
+    assert len(wanted) >= 5
     assert {skeleton(line) for line in wanted} <= printed
+    assert any(line.startswith("Test: ") for line in printed)
