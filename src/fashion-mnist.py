@@ -450,7 +450,7 @@ def report(model: nn.Module, rows: Sequence[Epoch], test: Split, out: Path) -> f
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, save and report, or classify photos; return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", write_through=False)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -80,6 +80,7 @@ def test_a_command_can_be_given(command, capsys):
     assert os.access(ROOT / script, os.X_OK)
     with pytest.raises(SystemExit):
         importlib.import_module(Path(script).stem).main(["--help"])
+    print(end="", flush=True)
     flags = re.findall(r"--[a-z-]+", capsys.readouterr().out)
     assert {argument for argument in arguments if argument.startswith("--")} <= {*flags}
 
