@@ -42,8 +42,10 @@ def run_script(
     def run(name: str, *arguments: object) -> Done:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGPIPE)
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / "src" / name), run_name="__main__")
+        signal.signal(signal.SIGPIPE, handler)  # a script may let a closed pipe end the process
         return Done(stop.value.code, *capsys.readouterr())
 
     return run

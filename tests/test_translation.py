@@ -1194,7 +1194,6 @@ def test_a_process_that_was_stopped_can_be_resumed(trained, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.slow  # it passes alone, and not always beside other tests
 @pytest.mark.parametrize(
     ("when", "saved"), [("evaluate", "checkpoint.pt"), ("draw_attention", "metrics.json")]
 )
