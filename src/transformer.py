@@ -377,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each kind of device fails in its own way
-        parser.error(f"argument --device: {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        parser.error(f"argument --device: {reason!r}")  # without raw control characters
     started, path = time.perf_counter(), args.out / "model.safetensors"
     try:
         if args.read is not None:

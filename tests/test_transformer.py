@@ -565,6 +565,7 @@ def test_a_full_disk_keeps_the_old_file_and_is_named(tmp_path, monkeypatch):
         ("--epochs", "1" * 400),
         ("--device", "abacus"),
         ("--device", "hpu"),
+        ("--device", "a\x1b]0;title\x07b"),
         ("--read", " "),
         ("--read", "1" * T.MAX_LENGTH),
     ],
@@ -573,7 +574,9 @@ def test_a_value_that_makes_no_sense_is_refused_with_its_option(option, value, c
     with pytest.raises(SystemExit) as stop:
         T.main([option, value, "--out", str(tmp_path)])
     assert stop.value.code == 2
-    assert f"error: argument {option}: " in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err
+    assert f"error: argument {option}: " in error.splitlines()[-1]
+    assert "\x1b" not in error
 
 
 def test_a_text_of_other_bytes_is_read_all_the_same(trained, capsys):
