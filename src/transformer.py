@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(self.decoder_layer(sizes) for _ in range(sizes.num_layers))
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                # As parts of one matrix (3 d_model, d_model), which is how nn.Transformer draws them.
+                # As parts of one matrix (3 d_model, d_model), as nn.Transformer draws them.
                 part = name.endswith(("W_q.weight", "W_k.weight", "W_v.weight"))
                 nn.init.xavier_uniform_(parameter, gain=0.5**0.5 if part else 1.0)
         nn.init.normal_(self.embedding.weight, std=sizes.d_model**-0.5)
