@@ -10,11 +10,64 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
+
+from corpus import Corpus, make_tokenizer
+from network import PreNormTransformer, Settings
+from transformer import PAD, Sizes, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+SMALL = Settings(
+    d_model=16, num_heads=2, num_layers=1, d_ff=32, dropout=0.0, batch_tokens=200, warmup=20,
+    epochs=2,
+)  # fmt: skip
+SENTENCES = [
+    ("ein hund läuft im schnee .", "a dog runs in the snow ."),
+    ("zwei kinder spielen im garten .", "two children play in the garden ."),
+    ("eine frau liest ein buch .", "a woman reads a book ."),
+    ("ein mann mit hut fährt rad .", "a man with a hat rides a bike ."),
+]
+
+
+def make(num_layers=2, dropout=0.0, norm_first=True):
+    """Make a network in float64, the same every time, with no parameter at 0 or 1."""
+    torch.manual_seed(0)
+    network = PreNormTransformer if norm_first else Transformer
+    model = network(20, Sizes(16, 2, num_layers, 24, dropout))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model.double()
+
+
+def draw(lengths, vocab_size=20):
+    """Draw tokens (B, T) of these lengths, with padding after the end."""
+    rows = [torch.randint(3, vocab_size, (n,)) for n in lengths]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def corpus_of(pairs):
+    """Make a corpus of pairs of token lists."""
+    sides = [ids for pair in pairs for ids in pair]
+    tokens = torch.tensor([token for ids in sides for token in ids], dtype=torch.int32)
+    return Corpus(tokens, torch.tensor([0, *map(len, sides)]).cumsum(dim=0))
+
+
+def save_text(folder, splits):
+    """Write splits of pairs as parallel text in German and English."""
+    for split, pairs in splits.items():
+        for language, lines in zip(("de", "en"), zip(*pairs, strict=True), strict=True):
+            content = "".join(f"{line}\n" for line in lines).encode()
+            (folder / f"{split}.{language}").write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer for SENTENCES."""
+    return make_tokenizer((text for pair in SENTENCES for text in pair), 320)
 
 
 class Done(NamedTuple):
