@@ -205,7 +205,7 @@ def prepare_corpus(
         part = cache / f"{digest}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        stride = -(-counts["train"] // SAMPLE)
+        stride = 1 + counts["train"] // SAMPLE
         sample = islice(read_pairs(folder, "train", languages), 0, None, stride)
         tokenizer = make_tokenizer(
             (text for pair in sample if usable(pair) for text in pair), vocab_size

@@ -142,7 +142,7 @@ def add_gradients(
         with cast(DistributedDataParallel, model).no_sync() if waits else nullcontext():
             loss = batch_loss(model, corpus, part, smoothing=0.1)
             (loss * weight).backward()
-        total += loss.detach() if weight else 0.0
+        total = total + loss.detach() * (weight > 0)
     return total
 
 
@@ -159,7 +159,7 @@ def train_epoch(
     look = 1 if device.type == "cpu" else 20  # steps; asking a GPU for a number makes it wait
     generator = torch.Generator().manual_seed(hash((progress.seed, progress.epoch)) % 2**63)
     batches = make_batches(corpus.lengths, settings.batch_tokens, generator)
-    sums = torch.zeros(2, device=device)  # the loss, and signals
+    losses = torch.zeros((), device=device)  # summed since the last look
     if progress.batch == 0:
         progress.loss, progress.count, progress.seconds = 0.0, 0, 0.0
     model.train()
@@ -177,14 +177,14 @@ def train_epoch(
             group["lr"] = rate
         torch.manual_seed(hash((progress.seed, progress.step, rank)) % 2**63)
         run.optimizer.zero_grad()
-        sums[0] += add_gradients(model, corpus, batch, count, settings.part_tokens)
+        losses = losses + add_gradients(model, corpus, batch, count, settings.part_tokens)
         run.optimizer.step()
         progress.count += count
         progress.step += 1
         progress.batch += 1
         bar.update(count)
         if progress.batch % look == 0 or progress.batch == len(batches):
-            sums[1] = len(signals)
+            sums = torch.stack((losses, losses.new_tensor(len(signals))))
             if world > 1:
                 dist.all_reduce(sums)
             loss, stop = sums.tolist()
@@ -192,7 +192,7 @@ def train_epoch(
                 raise FloatingPointError(f"the loss became {loss}; a longer warmup may help")
             progress.loss += loss
             bar.set_postfix(loss=progress.loss / progress.count)
-            sums.zero_()
+            losses = losses.new_zeros(())
             yield stop > 0
     bar.close()
 
@@ -240,7 +240,8 @@ def draw_losses(rows: Sequence[Epoch]) -> bytes:
 def draw_attention(model: Transformer, tokenizer: Tokenizer, pair: Pair) -> bytes:
     """Draw where each head of the last layer looks to predict each token: a PNG."""
     ids = [encoding.ids[: MAX_LENGTH - 2] for encoding in tokenizer.encode_batch([*pair])]
-    source, target = (torch.tensor([row], device=model.positions.device) for row in ids)
+    device = model.positions.device
+    source, target = (torch.tensor([row], dtype=torch.long, device=device) for row in ids)
     source, target = F.pad(source, (0, 1), value=EOS), F.pad(target, (1, 0), value=BOS)
     kept: list[Tensor] = []
     heads = model.eval().decoder[-1].get_submodule("cross_attention")
@@ -260,8 +261,8 @@ def printable(text: object) -> str:
 
 def save_checkpoint(path: Path, run: Run) -> None:
     """Write all that it takes to continue as if nothing had happened."""
-    state = {"run": run.identity, "tokenizer": run.tokenizer.to_str()}
-    state |= {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    state = {"run": run.identity, "model": run.model.state_dict()}
+    state["optimizer"] = run.optimizer.state_dict()
     rows = [list(row) for row in run.progress.rows]  # for torch.load knows no NamedTuple
     buffer = io.BytesIO()
     torch.save(state | {"progress": asdict(run.progress) | {"rows": rows}}, buffer)

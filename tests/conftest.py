@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import gzip
 import os
 import runpy
 import signal
@@ -68,6 +69,19 @@ def save_text(folder, splits):
 def words():
     """A tokenizer for SENTENCES."""
     return make_tokenizer((text for pair in SENTENCES for text in pair), 320)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of a few sentences, over and over; some files are gzipped."""
+    folder = tmp_path / "some text"
+    folder.mkdir()
+    save_text(folder, {"train": SENTENCES * 30, "val": SENTENCES[:2]})
+    save_text(folder, {"test2016": SENTENCES[2:], "test.more": SENTENCES})
+    for path in folder.glob("train.*"):
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    return folder
 
 
 class Done(NamedTuple):
