@@ -272,29 +272,6 @@ def test_a_target_is_at_most_as_long_as_its_limit():
     assert T.generate(model, draw([4, 2]), limit=5) == [[7] * 5] * 2
 
 
-def test_the_cache_changes_no_logit():
-    model = make()
-    source, target = draw([5, 3]), draw([6, 6])
-    memory, mask = model.encode(source), padding_mask(source, T.PAD)
-    parts, start = [], 0
-    with T.cached(model) as rows:
-        for part in target.split([1, 3, 2], dim=1):
-            parts.append(model.decode(part, memory if start == 0 else memory[:, :0], mask, start))
-            start += part.shape[1]
-        assert {kept.shape[1] for kept in rows.values()} == {5, 6}
-    expected = model(source, target)
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-12)
-
-
-def test_the_cache_leaves_nothing_behind():
-    model = make()
-    source, target = draw([5, 3]), draw([6, 6])
-    expected = model(source, target)
-    with pytest.raises(ValueError), T.cached(model):
-        model(source, F.pad(target, (0, T.MAX_LENGTH)))
-    torch.testing.assert_close(model(source, target), expected)
-
-
 # Dates
 
 
@@ -307,43 +284,6 @@ def dates():
 @pytest.fixture(scope="module")
 def vocabulary(dates):
     return T.make_vocabulary(T.sample_dates(T.split_days()[0][:20_000], Random(0)))
-
-
-def test_no_day_is_in_two_splits():
-    train, validation, test = T.split_days()
-    assert (len(validation), len(test)) == (T.VALIDATION_DAYS, T.TEST_DAYS)
-    assert sorted(train + validation + test) == list(range(T.DAYS))
-    assert T.FIRST_DAY + datetime.timedelta(days=T.DAYS) == datetime.date(2100, 1, 1)
-    assert T.split_days() == (train, validation, test)
-
-
-def test_every_language_is_written_in_its_own_forms(dates):
-    written = {
-        T.format_date(datetime.date.fromisoformat(iso), form, language): language
-        for _, iso in dates[0][:300]
-        for language in T.LANGUAGES
-        for form in T.date_forms(language)
-    }
-    found = Counter(written[text] for text, _ in dates[0][:300])
-    assert len(found) >= 24
-    assert len(set(T.LANGUAGES)) == len(T.LANGUAGES) == 26
-    text = "".join(text for text, _ in dates[0])
-    scripts = Counter(unicodedata.name(c).split()[0] for c in text if c.isalpha())
-    assert len([script for script, count in scripts.items() if count > 200]) >= 9
-    assert {"LATIN", "CYRILLIC", "GREEK", "ARABIC", "CJK"} <= set(scripts)
-
-
-def test_no_text_can_be_read_as_two_dates():
-    meaning = {}
-    for month in range(1, 13):
-        for day in range(1, 29):
-            date = datetime.date(1968, month, day)
-            for language in T.LANGUAGES:
-                for form in T.date_forms(language):
-                    text = T.format_date(date, form, language)
-                    assert meaning.setdefault(text, date) == date, text
-                    assert "1968" in text
-    assert all(T.date_forms(language) for language in T.LANGUAGES)
 
 
 def test_the_vocabulary_knows_every_character(dates, vocabulary):
@@ -437,21 +377,6 @@ def test_texts_are_read_alike_alone_and_together(vocabulary, dates):
     found = T.read(model, vocabulary, texts)
     assert found == [T.read(model, vocabulary, [text])[0] for text in texts]
     assert T.read(model, vocabulary, []) == []
-
-
-def test_accuracy_is_the_share_of_exact_dates():
-    assert T.evaluate([("a", "1"), ("b", "2"), ("c", "3"), ("d", "4")], list("1235")) == 0.75
-
-
-def test_mistakes_are_shown_first(capsys):
-    T.show_test(
-        [(f"text {i}", str(i)) for i in range(20)], ["7" if i == 3 else str(i) for i in range(20)]
-    )
-    total, examples = capsys.readouterr().out.strip().split("\n\n")
-    assert total == "Test: 95.00% of 20 dates exactly"
-    first, *others = examples.splitlines()
-    assert first.split() == ["7", "not", "3", "text", "3"]
-    assert len(others) == 11 and not any("not" in line for line in others)
 
 
 @torch.inference_mode()
