@@ -1,6 +1,7 @@
+import contextlib
 import copy
-import datetime
 import errno
+import io
 import json
 import math
 import os
@@ -8,8 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import unicodedata
-from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dates
 import transformer as T
 from attention import causal_mask, padding_mask
 
@@ -272,24 +272,24 @@ def test_a_target_is_at_most_as_long_as_its_limit():
     assert T.generate(model, draw([4, 2]), limit=5) == [[7] * 5] * 2
 
 
-# Dates
+# Tokens
 
 
 @pytest.fixture(scope="module")
-def dates():
+def pairs():
     """Dates to train on, to validate and to test."""
     return [T.sample_dates(days[:3000], Random(i)) for i, days in enumerate(T.split_days())]
 
 
 @pytest.fixture(scope="module")
-def vocabulary(dates):
+def vocabulary():
     return T.make_vocabulary(T.sample_dates(T.split_days()[0][:20_000], Random(0)))
 
 
-def test_the_vocabulary_knows_every_character(dates, vocabulary):
+def test_the_vocabulary_knows_every_character(pairs, vocabulary):
     assert sorted(vocabulary.values()) == list(range(4, 4 + len(vocabulary)))
-    for pairs in dates:
-        assert {c for text, iso in pairs for c in text + iso} <= vocabulary.keys()
+    for split in pairs:
+        assert {c for text, iso in split for c in text + iso} <= vocabulary.keys()
     assert T.encode("1é☃", {"1": 4, "é": 5}).tolist() == [4, 5, T.UNKNOWN, T.EOS]
 
 
@@ -327,12 +327,18 @@ class Still(torch.optim.SGD):
         self.rates.append(self.param_groups[0]["lr"])
 
 
+def shorten(monkeypatch):
+    """Shorten an epoch to three batches of four dates, and validation and test."""
+    monkeypatch.setattr(T, "BATCHES", 3)
+    monkeypatch.setattr(T, "BATCH_SIZE", 4)
+    monkeypatch.setattr(dates, "VALIDATION_DAYS", 10)
+    monkeypatch.setattr(dates, "TEST_DAYS", 40)
+
+
 @pytest.fixture
 def short(monkeypatch):
     """Shorten an epoch to three batches of four dates."""
-    monkeypatch.setattr(T, "BATCHES", 3)
-    monkeypatch.setattr(T, "BATCH_SIZE", 4)
-    monkeypatch.setattr(T, "VALIDATION_DAYS", 10)
+    shorten(monkeypatch)
 
 
 def test_an_epoch_has_the_smoothed_loss_of_every_date_and_the_rates(short, vocabulary, monkeypatch):
@@ -356,7 +362,7 @@ def test_an_epoch_has_the_smoothed_loss_of_every_date_and_the_rates(short, vocab
 def test_training_lowers_the_loss(vocabulary, monkeypatch):
     monkeypatch.setattr(T, "BATCHES", 20)
     monkeypatch.setattr(T, "WARMUP", 20)
-    monkeypatch.setattr(T, "VALIDATION_DAYS", 10)
+    monkeypatch.setattr(dates, "VALIDATION_DAYS", 10)
     torch.manual_seed(0)
     model = T.Transformer(4 + len(vocabulary), SMALL)
     first, second = (loss for loss, _, _ in T.train(model, vocabulary, epochs=2, seed=0))
@@ -370,10 +376,10 @@ def test_a_loss_that_is_no_number_stops_the_training(short, vocabulary):
         next(T.train(model, vocabulary, epochs=1, seed=0))
 
 
-def test_texts_are_read_alike_alone_and_together(vocabulary, dates):
+def test_texts_are_read_alike_alone_and_together(vocabulary, pairs):
     torch.manual_seed(0)
     model = T.Transformer(4 + len(vocabulary), SMALL)
-    texts = [text for text, _ in dates[1][:7]] + ["☃", "1" * 100]
+    texts = [text for text, _ in pairs[1][:7]] + ["☃", "1" * 100]
     found = T.read(model, vocabulary, texts)
     assert found == [T.read(model, vocabulary, [text])[0] for text in texts]
     assert T.read(model, vocabulary, []) == []
@@ -405,12 +411,14 @@ def run_main(*arguments):
     return T.main([*map(str, arguments), "--device", "cpu"])
 
 
-@pytest.fixture
-def trained(short, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """The folder of a short run, and what it printed."""
-    monkeypatch.setattr(T, "TEST_DAYS", 40)
-    assert run_main("--epochs", 2, "--out", tmp_path / "out") == 0
-    return tmp_path / "out", capsys.readouterr().out
+    out, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        shorten(monkeypatch)
+        assert run_main("--epochs", 2, "--out", out) == 0
+    return out, printed.getvalue()
 
 
 def test_it_saves_what_it_prints_and_reads_with_what_it_saved(trained, capsys):
@@ -427,7 +435,7 @@ def test_it_saves_what_it_prints_and_reads_with_what_it_saved(trained, capsys):
     assert capsys.readouterr() == (f"{found[0]}\n", "")
 
 
-def test_the_same_seed_gives_the_same_weights(trained, tmp_path):
+def test_the_same_seed_gives_the_same_weights(trained, short, tmp_path):
     def weights(seed, folder):
         assert run_main("--epochs", 2, "--seed", seed, "--out", tmp_path / folder) == 0
         return (tmp_path / folder / "model.safetensors").read_bytes()
@@ -509,16 +517,30 @@ def test_a_text_of_other_bytes_is_read_all_the_same(trained, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_without_a_traceback_and_keeps_the_old_model(name, tmp_path):
+def test_ctrl_c_ends_it_without_a_traceback_and_keeps_the_old_model(
+    short, tmp_path, monkeypatch, capsys
+):
+    def interrupt(loss):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.Tensor, "backward", interrupt)
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    assert run_main("--out", tmp_path) == 130
+    printed, error = capsys.readouterr()
+    assert printed.splitlines()[-1].startswith("epoch")
+    assert "Traceback" not in error
+    assert (tmp_path / "model.safetensors").read_bytes() == b"old"
+
+
+def test_sigterm_ends_it_without_a_traceback_and_keeps_the_old_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"old")
     command = [sys.executable, T.__file__, "--device", "cpu", "--out", str(tmp_path)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8")
     assert any(line.startswith("epoch") for line in process.stdout)
-    process.send_signal(name)
+    process.terminate()
     error = process.communicate()[1]
-    assert process.returncode == (130 if name == signal.SIGINT else -name)  # the shell says 143
+    assert process.returncode == -signal.SIGTERM  # the shell says 143
     assert "Traceback" not in error
     assert (tmp_path / "model.safetensors").read_bytes() == b"old"
 
