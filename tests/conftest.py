@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from torch import nn
 from corpus import Corpus, make_tokenizer
 from network import PreNormTransformer, Settings
 from transformer import PAD, Sizes, Transformer
+
+import clothes
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores
@@ -98,6 +101,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Pack bytes in the IDX format."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(scope="session")
+def sample() -> clothes.Split:
+    """The training split of the sample."""
+    return clothes.load(clothes.SAMPLE, train=True)
+
+
+@pytest.fixture(scope="session")
+def files(sample: clothes.Split) -> dict[str, bytes]:
+    """The files of a data set of 1,200 and 300 images, two of them not gzipped."""
+    images, labels = (tensor.numpy() for tensor in sample)
+    found = {}
+    for name, part in (("train", slice(1200)), ("t10k", slice(1200, 1500))):
+        found[f"{name}-images-idx3-ubyte.gz"] = gzip.compress(idx(images[part]))
+        found[f"{name}-labels-idx1-ubyte"] = idx(labels[part])
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, files: dict[str, bytes]) -> Path:
+    """A folder with these files."""
+    folder = tmp_path / "small data"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 @pytest.fixture
