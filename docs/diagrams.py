@@ -1,0 +1,422 @@
+#!/usr/bin/env python3
+"""Draw the diagrams of the course: SVG files beside this one, or in the folder that is given.
+
+    make docs
+
+Every number in them is computed by the course's scripts, or here in plain sight. Lengths are in
+pixels of a page 880 wide; shapes are placed by their centers. Colors follow the reader's light or
+dark mode, and mean the same everywhere: queries and the encoder are blue, keys and the decoder
+orange, values green.
+"""
+
+import argparse
+import importlib
+import io
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+attention = importlib.import_module("attention")
+fashion = importlib.import_module("fashion-mnist")
+transformer = importlib.import_module("transformer")
+
+WIDTH, MIDDLE = 880, 440
+COLORS = ("blue", "orange", "green", "purple")  # told apart by color-blind people, too
+STYLE = """
+:root{--paper:#fff;--ink:#1f2328;--soft:#59636e;
+--blue:#0072b2;--orange:#b35900;--green:#00785a;--purple:#a0417e}
+@media(prefers-color-scheme:dark){:root{--paper:#0d1117;--ink:#f0f6fc;--soft:#9198a1;
+--blue:#56b4e9;--orange:#f0a030;--green:#2fc49a;--purple:#e29cc6}}
+svg{color:var(--ink)}.paper{color:var(--paper)}.soft{color:var(--soft)}.blue{color:var(--blue)}
+.orange{color:var(--orange)}.green{color:var(--green)}.purple{color:var(--purple)}
+text{fill:currentColor;font:22px system-ui,-apple-system,"Segoe UI","Noto Sans",Arial,sans-serif;
+text-anchor:middle;dominant-baseline:central;white-space:pre}
+.mono{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:20px}
+.bold{font-weight:bold}.start{text-anchor:start}.end{text-anchor:end}
+path{fill:none;stroke:currentColor;stroke-width:2}.thick{stroke-width:4}.bar{stroke-width:14}
+.dashed{stroke-dasharray:6 6}.full{fill:currentColor;stroke:none}
+.tint{fill:currentColor;fill-opacity:.14}.area{fill:currentColor;fill-opacity:.14;stroke:none}
+"""
+Point = tuple[float, float]
+
+
+def short(number: float) -> str:
+    """Write a coordinate to a tenth of a pixel."""
+    return f"{round(number, 1) + 0.0:g}"
+
+
+def decimal(number: float, places: int) -> str:
+    """Write a number with a minus sign in place of the hyphen."""
+    return f"{number:.{places}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def text(x: float, y: float, words: str, style: str = "") -> str:
+    """Write lines around (x, y)."""
+    lines = words.split("\n")
+    top = y - 14 * (len(lines) - 1)
+    return "\n".join(
+        f'<text x="{short(x)}" y="{short(top + 28 * n)}" class="{style}">'
+        f"{escape(line, quote=False)}</text>"
+        for n, line in enumerate(lines)
+    )
+
+
+def path(points: Sequence[Point], style: str = "", close: bool = False) -> str:
+    """Draw straight lines from point to point."""
+    d = "M" + "L".join(f"{short(x)} {short(y)}" for x, y in points) + "Z" * close
+    return f'<path class="{style}" d="{d}"/>'
+
+
+def arrow(*points: Point, style: str = "soft") -> str:
+    """Draw straight lines from point to point, with a head at the last."""
+    (x0, y0), (x1, y1) = points[-2:]
+    length = math.hypot(x1 - x0, y1 - y0)
+    dx, dy = (x1 - x0) / length * 13, (y1 - y0) / length * 13
+    back = (x1 - dx, y1 - dy)
+    head = [(x1, y1), (back[0] - dy / 2, back[1] + dx / 2), (back[0] + dy / 2, back[1] - dx / 2)]
+    return path([*points[:-1], back], style) + path(head, f"full {style.split()[0]}", close=True)
+
+
+def box(x: float, y: float, w: float, h: float, words: str = "", style: str = "soft tint") -> str:
+    """Draw a rounded rectangle around words, which are mono where the style says so."""
+    d = f"M{short(x - w / 2 + 6)} {short(y - h / 2)}h{w - 12:g}q6 0 6 6v{h - 12:g}q0 6-6 6"
+    d += f"h{12 - w:g}q-6 0-6-6v{12 - h:g}q0-6 6-6z"
+    shape = f'<path class="paper full" d="{d}"/>\n<path class="{style}" d="{d}"/>'
+    return f"{shape}\n{text(x, y, words, 'mono' if 'mono' in style else '')}" if words else shape
+
+
+def dot(point: Point, style: str, radius: float = 7) -> str:
+    """Draw a full circle."""
+    return f'<circle cx="{short(point[0])}" cy="{short(point[1])}" r="{radius}" class="{style} full"/>'
+
+
+def cells(x: float, y: float, w: float, h: float, numbers: Tensor, styles: Sequence[str]) -> str:
+    """Draw a matrix of numbers from -1 to 1, each w by h, with (x, y) at the top left.
+
+    The larger a number, the stronger the first style; the more negative, the second.
+    """
+    runs: dict[int, str] = {}
+    for column, numbers_down in enumerate((numbers * 8).round().int().T.tolist()):
+        start = 0
+        for row, level in enumerate(numbers_down, start=1):
+            if row == len(numbers_down) or numbers_down[row] != level:
+                runs[level] = runs.get(level, "") + f"M{column} {start}v{row - start}h1V{start}z"
+                start = row
+    paths = [
+        f'<path class="{styles[level < 0]} full" opacity="{abs(level) / 8:g}" d="{d}"/>'
+        for level, d in sorted(runs.items())
+        if level
+    ]
+    place = f'transform="translate({short(x)} {short(y)}) scale({w:g} {h:g})"'
+    return "\n".join((f'<g {place} shape-rendering="crispEdges">', *paths, "</g>"))
+
+
+def grid(x: float, y: float, size: float, rows: int, columns: int, style: str = "soft") -> str:
+    """Draw the lines of a matrix of squares, with (x, y) at the top left."""
+    right, bottom = x + columns * size, y + rows * size
+    across = [path([(x, y + n * size), (right, y + n * size)], style) for n in range(rows + 1)]
+    down = [path([(x + n * size, y), (x + n * size, bottom)], style) for n in range(columns + 1)]
+    return "\n".join(across + down)
+
+
+def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Return the function that maps low to start and high to end."""
+    return lambda number: start + (number - low) / (high - low) * (end - start)
+
+
+def svg(title: str, height: int, *parts: str) -> str:
+    """Put the parts into a file; the title is for those who can't see it."""
+    frame = f'<rect width="{WIDTH}" height="{height}" rx="8" class="paper full" fill="currentColor"/>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+    head += f'width="{WIDTH}" height="{height}" role="img">'
+    return "\n".join((head, f"<title>{title}</title>", f"<style>{STYLE}</style>", frame, *parts, "</svg>\n"))
+
+
+def valley() -> str:
+    """Two steps of gradient descent on one point: x = 1, y = 3."""
+    rate, X, Y = 0.2, scale(0, 6, 50, 830), scale(0, 9, 380, 30)
+
+    def loss(w: Tensor) -> Tensor:
+        return (w * 1 - 3) ** 2
+
+    def at(w: Tensor) -> Point:
+        return X(w.item()), Y(loss(w).item())
+
+    curve = [at(w) for w in torch.linspace(0, 6, 61, dtype=torch.float64)]
+    parts = [
+        path([(50, 380), (830, 380)], "soft"),
+        *(text(X(w), 402, str(w), "soft") for w in range(7)),
+        text(858, 380, "w"),
+        path(curve, "thick"),
+        text(MIDDLE, 60, "the loss L = (w − 3)²", "bold"),
+        text(MIDDLE, 100, f"w ← w − η · slope,  η = {rate}"),
+    ]
+    for start, x, side, color in ((1.0, 235, "right", "blue"), (4.0, 645, "left", "orange")):
+        w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        loss(w).backward()
+        slope, after = w.grad.item(), (w - rate * w.grad).detach()
+        tangent = [(start + d, loss(w).item() + slope * d) for d in (-0.7, 0.7)]
+        step = f"w ← {start:g} − {rate} · " + (f"({slope:g})" if slope < 0 else f"{slope:g}")
+        parts += [
+            path([(X(a), Y(b)) for a, b in tangent], f"{color} dashed"),
+            *(path([at(each), (at(each)[0], 380)], f"{color} dashed") for each in (w, after)),
+            arrow((X(start), 380), (X(after.item()), 380), style=f"{color} thick"),
+            dot(at(w), color),
+            dot(at(after), color),
+            text(x, 470, f"slope {slope:g}".replace("-", "−"), f"{color} bold"),
+            text(x, 502, f"{step} = {after.item():g}".replace("-", "−")),
+            text(x, 534, f"a step to the {side}, downhill"),
+        ]
+    return svg("The valley of a loss, and a step downhill from either side", 560, *parts)
+
+
+def gelu() -> str:
+    """GELU beside ReLU."""
+    X, Y = scale(-4, 4, 50, 830), scale(0, 4, 340, 30)
+    x = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    lowest = x[F.gelu(x).argmin()]
+    at = (X(lowest.item()), Y(F.gelu(lowest).item()))
+    curves = [
+        path([(X(a), Y(b)) for a, b in zip(x.tolist(), f(x).tolist(), strict=True)], style)
+        for f, style in ((F.relu, "orange thick dashed"), (F.gelu, "blue thick"))
+    ]
+    return svg(
+        "GELU beside ReLU", 440,
+        path([(50, 340), (830, 340)], "soft"), path([(X(0), 30), (X(0), 375)], "soft"),
+        *(text(X(n), 398, str(n).replace("-", "−"), "soft") for n in range(-4, 5)),
+        *(text(X(0) - 16, Y(n), str(n), "soft end") for n in range(1, 5)),
+        *curves, dot(at, "blue"),
+        text(X(2.6), Y(3.3), "ReLU: max(0, x)", "orange bold end"),
+        text(X(1.7), Y(1.2), "GELU: x · Φ(x)", "blue bold start"),
+        text(X(-2.1), Y(0.75), f"lowest: {decimal(F.gelu(lowest).item(), 2)} "
+             f"at {decimal(lowest.item(), 2)}", "blue"),
+        arrow((X(-1.5), Y(0.6)), (at[0] - 8, at[1] - 9), style="blue"),
+        text(X(1.7), Y(0.65), "Φ(x): how much of a normal\ndistribution is below x", "soft start"),
+    )  # fmt: skip
+
+
+def feed_forward() -> str:
+    """The network of fashion-mnist.py."""
+    layers = [m for m in fashion.Classifier().modules() if isinstance(m, torch.nn.Linear)]
+    sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    images, labels = fashion.load(fashion.SAMPLE, train=False)
+    image, name = images[0] / 255, fashion.CLASSES[labels[0]]
+    xs, tall = (225, 390, 555, 690), [300 * size / sizes[0] for size in sizes[:-1]] + [280]
+    parts = [
+        cells(20, 120, 5, 5, image, ("ink", "")), grid(20, 120, 140, 1, 1),
+        text(90, 296, "image\n28 × 28"),
+        arrow((168, 190), (210, 190)),
+    ]  # fmt: skip
+    for n, ((x0, x1), (h0, h1)) in enumerate(zip(pairwise(xs), pairwise(tall), strict=True)):
+        edges = [(x0 + 8, 190 - h0 / 2), (x1 - 8, 190 - h1 / 2)]
+        edges += [(x1 - 8, 190 + h1 / 2), (x0 + 8, 190 + h0 / 2)]
+        parts += [path(edges, "blue area", close=True), text((x0 + x1) / 2, 190, "Linear", "mono")]
+    for x, h, size in zip(xs[:-1], tall, sizes, strict=False):
+        parts += [box(x, 190, 16, h, "", "blue tint"), text(x, 172 - h / 2, str(size), "bold")]
+    for x in xs[1:3]:
+        parts += [text(x, 346, "BatchNorm1d\nGELU", "mono green")]
+    for n, each in enumerate(fashion.CLASSES):
+        right = each == name
+        parts += [dot((690, 64 + 28 * n), "orange" if right else "blue")]
+        parts += [text(708, 64 + 28 * n, each, "start orange bold" if right else "start")]
+    parts += [text(690, 22, f"{sizes[-1]} logits", "bold")]
+    for n, (part, does) in enumerate((
+        ("Linear", "each output is a weighted sum of all inputs"),
+        ("BatchNorm1d", "brings each number to mean 0, variance 1 over the batch"),
+        ("GELU", "bends; without it, stacked layers collapse into one"),
+    )):  # fmt: skip
+        parts += [text(20, 406 + 34 * n, part, "mono start " + ("green" if n else "blue"))]
+        parts += [text(185, 406 + 34 * n, does, "start")]
+    return svg("The network of fashion-mnist.py, from an image to ten logits", 502, *parts)
+
+
+def lookup() -> str:
+    """Finding a first name by a last name: the same key only, or each as well as it fits."""
+    people = {"Zhang": "Aston", "Lipton": "Zachary", "Li": "Mu", "Smola": "Alex"}
+
+    def common(a: str, b: str) -> int:
+        return next((n for n, (c, d) in enumerate(zip(a, b, strict=False)) if c != d), len(a))
+
+    soft = torch.tensor([float(common(key, "Lin")) for key in people]).softmax(dim=0).tolist()
+    hard = [float(key == "Li") for key in people]
+    parts = []
+    for x, name, query, weights in ((20, "hard", "Li", hard), (460, "soft", "Lin", soft)):
+        parts += [
+            text(x + 200, 26, f"{name} lookup", "bold"),
+            text(x + 55, 70, "query"),
+            box(x + 55, 106, 110, 40, query, "blue tint"),
+            arrow((x + 55, 128), (x + 55, 178)),
+            *(text(x + at, 158, word) for at, word in ((95, "key"), (200, "weight"), (345, "value"))),
+        ]
+        for n, ((key, value), weight) in enumerate(zip(people.items(), weights, strict=True)):
+            y, opacity = 200 + 50 * n, "" if weight else " dashed"
+            parts += [
+                box(x + 55, y, 110, 40, key, "orange tint"),
+                text(x + 175, y, f"{weight:.2f}" if name == "soft" else f"{weight:.0f}", "end"),
+                path([(x + 186, y), (x + 186 + 98 * weight, y)], "soft bar") if weight else "",
+                box(x + 345, y, 110, 40, value, f"green tint{opacity}"),
+            ]
+        mixed = [f"{w:.2f} {v}" for w, v in zip(weights, people.values(), strict=True)]
+        result = "Mu" if name == "hard" else " +\n".join((" + ".join(mixed[:2]), " + ".join(mixed[2:])))
+        place = (x + 345, 418, result, "green bold") if name == "hard" else (x + 230, 432, result, "green bold")
+        parts += [arrow((x + 345, 372), (x + 345, 400)), text(*place)]
+    parts += [
+        text(MIDDLE, 496, "Soft weights are the softmax of a score: here, how many first letters "
+             "agree.\nIn attention, query, key and value are vectors, and the score is q · k / √d_k."),
+    ]  # fmt: skip
+    return svg("A hard lookup takes the value of one key; a soft one mixes all values", 540, *parts)
+
+
+def printed_walk() -> dict[str, list[list[float]]]:
+    """Return the numbers that attention.py prints about its sentence, by formula."""
+    with redirect_stdout(io.StringIO()) as printed:
+        attention.main(["--device", "cpu", "--explain", attention.SENTENCE])
+    tables = {}
+    for block in printed.getvalue().strip().split("\n\n"):
+        formula, _, _, *rows = block.splitlines()
+        fields = [[f for f in row.split()[1:] if f[-1].isdigit()] for row in rows]
+        tables[formula.split("   ")[0]] = [[float(f) for f in row] for row in fields]
+    return tables
+
+
+def one_word() -> str:
+    """The row of *cat*, from its scores to the mixture of the values."""
+    walk, words = printed_walk(), attention.SENTENCE.split()
+    scores, weights = walk["QKᵀ/√d_k"][1], walk["softmax(QKᵀ/√d_k)"][1]
+    exponentials = [round(math.exp(score), 2) for score in scores]  # as by hand
+    X, right, total = [215 + 110 * n for n in range(5)], 815, sum(exponentials)
+    parts = [text(x, 24, word, "bold") for x, word in zip(X, words, strict=True)]
+    for y, name, numbers, last, style in (
+        (74, "score of cat", scores, "", "orange tint"),
+        (146, "e to its power", exponentials, f"sum {total:.2f}", "soft tint"),
+        (218, f"divided by {total:.2f}", weights, f"sum {sum(weights):.2f}", "blue tint"),
+    ):
+        parts += [text(150, y, name, "end"), text(right, y, last)]
+        for x, number in zip(X, numbers, strict=True):
+            parts += [box(x, y, 92, 38, decimal(number, 2), style)]
+            parts += [arrow((x, y + 20), (x, y + 51))]
+    for x, weight in zip(X, weights, strict=True):
+        parts += [path([(x, 352), (x, 352 - 240 * weight)], "blue bar")]
+    return svg("", 500, *parts)
+
+
+def split_heads() -> str:
+    """From (B, T, d_model) to (B, H, T, d_k) and back."""
+    T, H, d_k, size = 4, 4, 2, 22
+    head = torch.arange(H * d_k).unflatten(-1, (H, d_k))  # the columns of each head
+    left, right, parts = 30, 674, []
+    for columns, color in zip(head.tolist(), COLORS, strict=True):
+        n, y = COLORS.index(color), 62 + 104 * COLORS.index(color)
+        for x, name in ((left, "Q, K, V"), (right, "")):
+            at = x + columns[0] * size
+            parts += [cells(at, 218 - 44, size, size, torch.full((T, d_k), 0.6), (color, ""))]
+            parts += [grid(at, 218 - 44, size, T, d_k)]
+        for x in (335, 501):
+            parts += [cells(x, y, size, size, torch.full((T, d_k), 0.6), (color, ""))]
+            parts += [grid(x, y, size, T, d_k)]
+        parts += [
+            arrow((215, 218), (326, y + 44)), arrow((388, y + 44), (492, y + 44)),
+            arrow((554, y + 44), (665, 218)), text(440, y + 24, f"head {n + 1}", color),
+        ]  # fmt: skip
+    return svg("Splitting into heads and back", 500, *parts)
+
+
+def positions() -> str:
+    """The pattern of sines and cosines, and how alike positions are."""
+    T, d_model = 40, 64
+    pattern = attention.positional_encoding(T, d_model)
+    likeness = pattern @ pattern.T / (d_model / 2)
+    legend = torch.linspace(-1, 1, 17).unsqueeze(0)
+    return svg(
+        "Positional encoding, and the dot products between positions", 500,
+        text(238, 24, "positional_encoding(40, 64)", "mono"),
+        cells(60, 66, 5.6, 9, pattern, ("blue", "orange")), path([(60, 66), (418.4, 66), (418.4, 426), (60, 426)], "soft", close=True),
+        text(40, 66 + 4, "0", "soft"), text(36, 422, "39", "soft"),
+        text(238, 446, "dimension"),
+        text(680, 24, "dot products of positions"),
+        cells(500, 66, 9, 9, likeness, ("blue", "orange")), path([(500, 66), (860, 66), (860, 426), (500, 426)], "soft", close=True),
+        text(680, 446, "position"),
+        cells(304, 474, 16, 16, legend, ("blue", "orange")),
+        text(285, 482, "−1", "soft"), text(596, 482, "1", "soft"),
+    )  # fmt: skip
+
+
+def masks() -> str:
+    """None, causal, padding, and both."""
+    T, size = 5, 34
+    causal = attention.causal_mask(T)
+    padding = attention.padding_mask(torch.tensor([[7, 7, 7, 0, 0]]), pad=0)[0].expand(T, T)
+    parts = []
+    for n, (name, mask) in enumerate((
+        ("none", torch.ones(T, T, dtype=torch.bool)), ("causal", causal),
+        ("padding", padding), ("both", causal & padding),
+    )):  # fmt: skip
+        x = 46 + 214 * n
+        parts += [
+            text(x + 85, 24, name, "bold"),
+            *(text(x + size * (k + 0.5), 62, str(k + 1), "orange") for k in range(T)),
+            *(text(x - 16, 96 + size * k, str(k + 1), "blue") for k in range(T)),
+            cells(x, 79, size, size, mask * 0.75, ("ink", "")),
+            grid(x, 79, size, T, T),
+        ]
+    parts += [
+        text(30, 290, "A row is a query", "blue start"), text(230, 290, "a column a key", "orange start"),
+        text(20, 330, "Filled: the query may attend to the key. Keys 4 and 5 are padding."),
+    ]
+    return svg("Masks", 360, *parts)
+
+
+def learning_rate() -> str:
+    """The schedule of the paper, and the one that falls to 0."""
+    steps, warmup, d_model = 3 * transformer.BATCHES, transformer.WARMUP, transformer.Sizes().d_model
+    paper = [transformer.learning_rate(n, d_model, warmup) for n in range(1, steps + 1)]
+    ours = [rate * (1 - n / steps) for n, rate in enumerate(paper)]
+    X, Y = scale(0, steps, 90, 850), scale(0, 0.007, 360, 30)
+    curves = [
+        path([(X(n + 1), Y(rates[n])) for n in (*range(0, steps, 25), steps - 1)], style)
+        for rates, style in ((paper, "orange thick dashed"), (ours, "blue thick"))
+    ]
+    return svg(
+        "The learning rate of each step", 460,
+        path([(90, 360), (850, 360)], "soft"), path([(90, 30), (90, 360)], "soft"),
+        *(text(X(n), 386, str(n), "soft") for n in (0, warmup, 1000, 1500, steps)),
+        *(text(78, Y(n / 1000), f"{n / 1000:g}", "soft end") for n in (0, 2, 4, 6)),
+        path([(X(warmup), 360), (X(warmup), Y(max(paper)))], "soft dashed"),
+        *curves,
+        text(X(warmup) + 30, Y(0.0062), f"the paper's: highest at step {warmup}", "orange start"),
+        text(X(500), Y(0.002), "times the share of the\ntraining that remains", "blue start"),
+        text(470, 424, "step"),
+    )  # fmt: skip
+
+
+DIAGRAMS = (valley, gelu, feed_forward, lookup, one_word, split_heads, positions, masks, learning_rate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw all diagrams; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the diagrams")
+    args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for draw in DIAGRAMS:
+            name = draw.__name__.replace("_", "-") + ".svg"
+            (args.out / name).write_text(draw(), encoding="utf-8", newline="\n")
+    except OSError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
