@@ -106,14 +106,14 @@ def cells(x: float, y: float, w: float, h: float, numbers: Tensor, styles: Seque
     The larger a number, the stronger the first style; the more negative, the second.
     """
     runs: dict[int, str] = {}
-    for column, numbers_down in enumerate((numbers * 8).round().int().T.tolist()):
+    for column, numbers_down in enumerate((numbers * 16).round().int().T.tolist()):
         start = 0
         for row, level in enumerate(numbers_down, start=1):
             if row == len(numbers_down) or numbers_down[row] != level:
                 runs[level] = runs.get(level, "") + f"M{column} {start}v{row - start}h1V{start}z"
                 start = row
     paths = [
-        f'<path class="{styles[level < 0]} full" opacity="{abs(level) / 8:g}" d="{d}"/>'
+        f'<path class="{styles[level < 0]} full" opacity="{abs(level) / 16:g}" d="{d}"/>'
         for level, d in sorted(runs.items())
         if level
     ]
@@ -197,11 +197,11 @@ def gelu() -> str:
         *(text(X(0) - 16, Y(n), str(n), "soft end") for n in range(1, 5)),
         *curves, dot(at, "blue"),
         text(X(2.6), Y(3.3), "ReLU: max(0, x)", "orange bold end"),
-        text(X(1.7), Y(1.2), "GELU: x · Φ(x)", "blue bold start"),
+        text(X(1.55), Y(1.15), "GELU: x · Φ(x)", "blue bold start"),
         text(X(-2.1), Y(0.75), f"lowest: {decimal(F.gelu(lowest).item(), 2)} "
              f"at {decimal(lowest.item(), 2)}", "blue"),
         arrow((X(-1.5), Y(0.6)), (at[0] - 8, at[1] - 9), style="blue"),
-        text(X(1.7), Y(0.65), "Φ(x): how much of a normal\ndistribution is below x", "soft start"),
+        text(X(1.55), Y(0.63), "Φ(x): area under the\nnormal curve left of x", "soft start"),
     )  # fmt: skip
 
 
@@ -271,10 +271,10 @@ def lookup() -> str:
         place = (x + 345, 418, result, "green bold") if name == "hard" else (x + 230, 432, result, "green bold")
         parts += [arrow((x + 345, 372), (x + 345, 400)), text(*place)]
     parts += [
-        text(MIDDLE, 496, "Soft weights are the softmax of a score: here, how many first letters "
+        text(MIDDLE, 510, "Soft weights are the softmax of a score: here, how many first letters "
              "agree.\nIn attention, query, key and value are vectors, and the score is q · k / √d_k."),
     ]  # fmt: skip
-    return svg("A hard lookup takes the value of one key; a soft one mixes all values", 540, *parts)
+    return svg("A hard lookup takes the value of one key; a soft one mixes all values", 552, *parts)
 
 
 def printed_walk() -> dict[str, list[list[float]]]:
@@ -294,61 +294,74 @@ def one_word() -> str:
     walk, words = printed_walk(), attention.SENTENCE.split()
     scores, weights = walk["QKᵀ/√d_k"][1], walk["softmax(QKᵀ/√d_k)"][1]
     exponentials = [round(math.exp(score), 2) for score in scores]  # as by hand
-    X, right, total = [215 + 110 * n for n in range(5)], 815, sum(exponentials)
+    values, mixture = walk["V = x W_v"], walk["softmax(QKᵀ/√d_k)V"][1]
+    X, right, total = [234 + 108 * n for n in range(5)], 806, sum(exponentials)
     parts = [text(x, 24, word, "bold") for x, word in zip(X, words, strict=True)]
     for y, name, numbers, last, style in (
         (74, "score of cat", scores, "", "orange tint"),
-        (146, "e to its power", exponentials, f"sum {total:.2f}", "soft tint"),
-        (218, f"divided by {total:.2f}", weights, f"sum {sum(weights):.2f}", "blue tint"),
+        (146, "e to the score", exponentials, f"sum {total:.2f}", "soft tint"),
+        (218, f"share of {total:.2f}", weights, f"sum {sum(weights):.2f}", "blue tint"),
     ):
-        parts += [text(150, y, name, "end"), text(right, y, last)]
+        parts += [text(172, y, name, "end"), text(right, y, last)]
         for x, number in zip(X, numbers, strict=True):
-            parts += [box(x, y, 92, 38, decimal(number, 2), style)]
-            parts += [arrow((x, y + 20), (x, y + 51))]
-    for x, weight in zip(X, weights, strict=True):
-        parts += [path([(x, 352), (x, 352 - 240 * weight)], "blue bar")]
-    return svg("", 500, *parts)
+            parts += [arrow((x, y + 19), (x, y + 53)), box(x, y, 88, 38, decimal(number, 2), style)]
+    columns = [(x, value, "green tint") for x, value in zip(X, values, strict=True)]
+    for x, vector, style in (*columns, (right, mixture, "green tint thick")):
+        parts += [box(x, 336, 88, 128, "\n".join(decimal(v, 2) for v in vector), style)]
+        parts += [text(x + 54, 336, "+") if x < X[-1] else ""]
+    parts += [text(172, 336, "times value", "end"), text((X[-1] + right) / 2 + 1, 336, "=")]
+    parts += [text(right, 424, "what cat gets")]
+    return svg("The row of cat: scores, exponentials, weights, and the mixture of the values", 450, *parts)
 
 
 def split_heads() -> str:
     """From (B, T, d_model) to (B, H, T, d_k) and back."""
     T, H, d_k, size = 4, 4, 2, 22
-    head = torch.arange(H * d_k).unflatten(-1, (H, d_k))  # the columns of each head
-    left, right, parts = 30, 674, []
-    for columns, color in zip(head.tolist(), COLORS, strict=True):
-        n, y = COLORS.index(color), 62 + 104 * COLORS.index(color)
-        for x, name in ((left, "Q, K, V"), (right, "")):
-            at = x + columns[0] * size
-            parts += [cells(at, 218 - 44, size, size, torch.full((T, d_k), 0.6), (color, ""))]
-            parts += [grid(at, 218 - 44, size, T, d_k)]
-        for x in (335, 501):
-            parts += [cells(x, y, size, size, torch.full((T, d_k), 0.6), (color, ""))]
-            parts += [grid(x, y, size, T, d_k)]
-        parts += [
-            arrow((215, 218), (326, y + 44)), arrow((388, y + 44), (492, y + 44)),
-            arrow((554, y + 44), (665, 218)), text(440, y + 24, f"head {n + 1}", color),
-        ]  # fmt: skip
-    return svg("Splitting into heads and back", 500, *parts)
+    heads = torch.arange(H * d_k).unflatten(-1, (H, d_k)).tolist()  # the columns of each
+    left, right, middle = 30, 674, 268
+    parts = [
+        text(118, 26, "(B, T, d_model)", "mono"), text(118, 196, "Q, K or V"),
+        text(MIDDLE, 26, "(B, H, T, d_k)", "mono"),
+        text(762, 26, "(B, T, d_model)", "mono"), text(762, 196, "then W_o"),
+        arrow((632, middle), (665, middle)),
+        text(20, 506, ".unflatten(-1, (H, d_k)).transpose(1, 2)", "mono start"),
+        text(860, 506, ".transpose(1, 2).flatten(2)", "mono end"),
+    ]  # fmt: skip
+    for n, (columns, color) in enumerate(zip(heads, COLORS, strict=True)):
+        y, start = 112 + 104 * n, columns[0] * size
+        for x, top in ((left + start, middle), (335, y), (501, y), (right + start, middle)):
+            parts += [cells(x, top - 44, size, size, torch.full((T, d_k), 0.5), (color, ""))]
+            parts += [grid(x, top - 44, size, T, d_k)]
+        parts += [arrow((215, middle), (326, y)), arrow((388, y), (492, y))]
+        parts += [path([(554, y), (632, middle)], "soft"), text(MIDDLE, y - 20, f"head {n + 1}", color)]
+    return svg("Splitting into heads and back", 532, *parts)
 
 
 def positions() -> str:
     """The pattern of sines and cosines, and how alike positions are."""
-    T, d_model = 40, 64
+    T, d_model, side = 60, 32, 360
     pattern = attention.positional_encoding(T, d_model)
-    likeness = pattern @ pattern.T / (d_model / 2)
-    legend = torch.linspace(-1, 1, 17).unsqueeze(0)
-    return svg(
-        "Positional encoding, and the dot products between positions", 500,
-        text(238, 24, "positional_encoding(40, 64)", "mono"),
-        cells(60, 66, 5.6, 9, pattern, ("blue", "orange")), path([(60, 66), (418.4, 66), (418.4, 426), (60, 426)], "soft", close=True),
-        text(40, 66 + 4, "0", "soft"), text(36, 422, "39", "soft"),
-        text(238, 446, "dimension"),
-        text(680, 24, "dot products of positions"),
-        cells(500, 66, 9, 9, likeness, ("blue", "orange")), path([(500, 66), (860, 66), (860, 426), (500, 426)], "soft", close=True),
-        text(680, 446, "position"),
-        cells(304, 474, 16, 16, legend, ("blue", "orange")),
-        text(285, 482, "−1", "soft"), text(596, 482, "1", "soft"),
-    )  # fmt: skip
+    likeness = pattern @ pattern.T / (d_model / 2)  # 1 with itself
+    parts = []
+    for x, title, numbers, across in (
+        (70, f"positional_encoding({T}, {d_model})", pattern, "dimension"),
+        (500, "dot products, self = 1", likeness, "position"),
+    ):
+        rows, columns = numbers.shape
+        parts += [
+            text(x + side / 2, 26, title, "mono" if x == 70 else ""),
+            cells(x, 58, side / columns, side / rows, numbers, ("blue", "orange")),
+            grid(x, 58, side, 1, 1),
+            text(x - 10, 66, "0", "soft end"), text(x - 10, 410, f"{T - 1}", "soft end"),
+            text(x + 8, 440, "0", "soft"), text(x + side - 12, 440, f"{columns - 1}", "soft"),
+            text(x + side / 2, 440, across),
+        ]  # fmt: skip
+    parts += [
+        text(20, 238, "t", "bold"),
+        cells(304, 480, 16, 16, torch.linspace(-1, 1, 17).unsqueeze(0), ("blue", "orange")),
+        text(285, 488, "−1", "soft"), text(592, 488, "1", "soft"),
+    ]  # fmt: skip
+    return svg("Positional encoding, and the dot products between positions", 514, *parts)
 
 
 def masks() -> str:
@@ -366,14 +379,12 @@ def masks() -> str:
             text(x + 85, 24, name, "bold"),
             *(text(x + size * (k + 0.5), 62, str(k + 1), "orange") for k in range(T)),
             *(text(x - 16, 96 + size * k, str(k + 1), "blue") for k in range(T)),
-            cells(x, 79, size, size, mask * 0.75, ("ink", "")),
+            cells(x, 79, size, size, mask * 0.5, ("ink", "")),
             grid(x, 79, size, T, T),
         ]
-    parts += [
-        text(30, 290, "A row is a query", "blue start"), text(230, 290, "a column a key", "orange start"),
-        text(20, 330, "Filled: the query may attend to the key. Keys 4 and 5 are padding."),
-    ]
-    return svg("Masks", 360, *parts)
+    parts += [text(MIDDLE, 300, "A filled cell: the query (row) may attend to the key (column).\n"
+                   "Tokens 4 and 5 are padding.")]  # fmt: skip
+    return svg("No mask, a causal mask, a padding mask, and both", 344, *parts)
 
 
 def learning_rate() -> str:
@@ -393,13 +404,121 @@ def learning_rate() -> str:
         *(text(78, Y(n / 1000), f"{n / 1000:g}", "soft end") for n in (0, 2, 4, 6)),
         path([(X(warmup), 360), (X(warmup), Y(max(paper)))], "soft dashed"),
         *curves,
-        text(X(warmup) + 30, Y(0.0062), f"the paper's: highest at step {warmup}", "orange start"),
-        text(X(500), Y(0.002), "times the share of the\ntraining that remains", "blue start"),
+        text(X(700), Y(0.0064), f"the paper's, highest at step {warmup}", "orange start"),
+        text(X(700), Y(0.0055), "transformer.py's: times the share of\nthe steps that remain", "blue start"),
         text(470, 424, "step"),
     )  # fmt: skip
 
 
-DIAGRAMS = (valley, gelu, feed_forward, lookup, one_word, split_heads, positions, masks, learning_rate)
+def sublayer(x: float, bottom: float, name: str, note: str, norm: str, side: int) -> list[str]:
+    """Draw LayerNorm(x + sublayer(x)), with the residual on one side, up to bottom - 196."""
+    color = "blue" if side < 0 else "orange"
+    return [
+        path([(x, bottom), (x, bottom - 196)], "soft"),
+        arrow((x, bottom - 12), (x + 150 * side, bottom - 12), (x + 150 * side, bottom - 124),
+              (x + 14 * side, bottom - 124)),
+        arrow((x, bottom - 96), (x, bottom - 111)),
+        box(x, bottom - 62, 250, 64, "", f"{color} tint"),
+        text(x, bottom - 76, name, "mono"), text(x, bottom - 48, note, "soft"),
+        dot((x, bottom - 124), "soft", 14), dot((x, bottom - 124), "paper", 12),
+        text(x, bottom - 124, "+"), box(x, bottom - 168, 250, 38, norm, "soft tint mono"),
+    ]  # fmt: skip
+
+
+def network() -> str:
+    """The encoder and the decoder of the paper, with the names of transformer.py."""
+    left, right, bottom, source = 215, 665, 846, "12 mars 2021"
+    parts = [
+        box(203, 637, 330, 404, "", "soft dashed"), box(677, 539, 330, 600, "", "soft dashed"),
+        arrow((left, 958), (left, 800)), arrow((right, 958), (right, 800)),
+        *sublayer(left, bottom - 4, "self_attention", "padding mask", "norm1", -1),
+        *sublayer(left, bottom - 200, "feed_forward", "each position alone", "norm2", -1),
+        *sublayer(right, bottom - 4, "self_attention", "causal mask", "norm1", 1),
+        *sublayer(right, bottom - 200, "cross_attention", "to the memory", "norm2", 1),
+        *sublayer(right, bottom - 396, "feed_forward", "each position alone", "norm3", 1),
+        arrow((left, 450), (left, 400), (MIDDLE, 400), (MIDDLE, 584), (538, 584), style="blue"),
+        text(330, 378, "memory", "blue bold"),
+        text(52, 390, "EncoderLayer\n× num_layers", "mono start"),
+        arrow((right, 254), (right, 166)), text(690, 206, "DecoderLayer\n× num_layers", "mono start"),
+        box(right, 142, 250, 44, "to_logits", "soft tint mono"),
+        arrow((right, 120), (right, 80)), text(right, 56, "2 0 2 1 - …", "bold"),
+        text(left, 984, source, "bold"), text(right, 984, "<s> 2 0 2 1 …", "bold"),
+        text(right, 26, "the next tokens", "soft"),
+        text(left, 1014, "source", "soft"), text(right, 1014, "target so far", "soft"),
+        text(left, 142, "+ adds what went in\n(the residual connection)\n\nnorm brings it to\nmean 0, variance 1", "soft"),
+    ]
+    for x in (left, right):
+        parts += [box(x, 905, 250, 68, "embedding · √d_model\n+ positions", "green tint")]
+    return svg("The Transformer: encoder and decoder, each sublayer with residual and norm", 1036, *parts)
+
+
+def teacher_forcing() -> str:
+    """The decoder gets the target, and is to predict the same shifted by one."""
+    target = ["<s>", *transformer.EXAMPLE[1][:5]]
+    X = [330 + 112 * n for n in range(5)]
+    parts = [
+        text(20, 50, "labels", "start"), text(20, 80, "target[:, 1:]", "mono start"),
+        text(20, 330, "input", "start"), text(20, 360, "target[:, :-1]", "mono start"),
+        *(path([(X[n], 84), (X[n + 1], 324)], "soft dashed") for n in range(4)),
+        box(110, 205, 180, 64, "memory\nof the source", "blue tint"),
+        arrow((200, 205), (262, 205)),
+        box(554, 205, 580, 64, "decoder\neach position sees itself and those before", "orange tint"),
+    ]  # fmt: skip
+    for n, x in enumerate(X):
+        parts += [arrow((x, 324), (x, 239)), arrow((x, 172), (x, 90))]
+        parts += [box(x, 345, 64, 42, target[n]), box(x, 65, 64, 42, target[n + 1], "green tint")]
+    parts += [text(854, y, "…") for y in (65, 345)]
+    return svg("Teacher forcing: the labels are the target shifted by one", 400, *parts)
+
+
+def writing() -> str:
+    """What goes in and comes out at each step, with cached keys and values."""
+    iso = transformer.EXAMPLE[1]
+    parts = [
+        text(200, 26, "cache  and  new token", "bold"), text(560, 26, "decoder", "bold"),
+        text(780, 26, "likeliest next", "bold"),
+    ]  # fmt: skip
+    for n in range(4):
+        y, tokens = 80 + 92 * n, ["<s>", *iso[:n]]
+        for k, token in enumerate(tokens):
+            parts += [box(90 + 68 * k, y, 56, 42, token, "green tint" if k == n else "soft dashed")]
+        x = 90 + 68 * n
+        parts += [
+            text(24, y, str(n + 1), "soft"),
+            arrow((x + 30, y), (456, y)),
+            box(560, y, 200, 46, "new token only", "orange tint"),
+            arrow((662, y), (746, y)), box(780, y, 56, 42, iso[n], "green tint"),
+            arrow((780, y + 23), (780, y + 46), (x + 68, y + 46), (x + 68, y + 69), style="green dashed") if n < 3 else "",
+        ]  # fmt: skip
+    return svg("Writing token by token, with a cache", 520, *parts)
+
+
+def beam() -> str:
+    """A beam of two over two steps, as a tree."""
+    words = {"a": 0.5, "the": 0.4, "one": 0.1}
+    after = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
+    return ""
+
+
+def processes() -> str:
+    """What each of two processes does in a step."""
+    xs, parts = (230, 650), [box(MIDDLE, 45, 760, 48, "a batch")]
+    for rank, x in enumerate(xs):
+        parts += [
+            path([(x, 70), (x, 480)], "soft"),
+        ]
+        for y, words in ((140, f"batch[{rank}::2]"), (220, "loss"), (300, "loss.backward()"), (460, "optimizer.step()")):
+            parts += [arrow((x, y - 40), (x, y - 26)), box(x, y, 340, 48, words, "blue tint mono")]
+    parts += [box(MIDDLE, 380, 760, 48, "all-reduce: the gradient of the whole batch", "orange tint")]
+    return svg("What each process does in a step", 560, *parts)
+
+
+DIAGRAMS = {
+    "valley": valley, "gelu": gelu, "feed-forward": feed_forward, "lookup": lookup,
+    "one-word": one_word, "split-heads": split_heads, "positions": positions, "masks": masks,
+    "transformer": network, "teacher-forcing": teacher_forcing, "writing": writing,
+    "learning-rate": learning_rate, "processes": processes,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -409,9 +528,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        for draw in DIAGRAMS:
-            name = draw.__name__.replace("_", "-") + ".svg"
-            (args.out / name).write_text(draw(), encoding="utf-8", newline="\n")
+        for name, draw in DIAGRAMS.items():
+            (args.out / f"{name}.svg").write_text(draw(), encoding="utf-8", newline="\n")
     except OSError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
