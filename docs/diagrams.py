@@ -31,6 +31,7 @@ fashion = importlib.import_module("fashion-mnist")
 transformer = importlib.import_module("transformer")
 
 WIDTH, MIDDLE = 880, 440
+TEXT, ISO = "12 mars 2021", "2021-03-12"  # a date to read, and what the network writes
 COLORS = ("blue", "orange", "green", "purple")  # told apart by color-blind people, too
 STYLE = """
 :root{--paper:#fff;--ink:#1f2328;--soft:#59636e;
@@ -56,8 +57,8 @@ def short(number: float) -> str:
 
 
 def decimal(number: float, places: int) -> str:
-    """Write a number with a minus sign in place of the hyphen."""
-    return f"{number:.{places}f}".replace("-", "\N{MINUS SIGN}")
+    """Write a number with a minus sign in place of the hyphen, and none before zero."""
+    return f"{round(number, places) + 0.0:.{places}f}".replace("-", "−")
 
 
 def text(x: float, y: float, words: str, style: str = "") -> str:
@@ -295,22 +296,22 @@ def one_word() -> str:
     scores, weights = walk["QKᵀ/√d_k"][1], walk["softmax(QKᵀ/√d_k)"][1]
     exponentials = [round(math.exp(score), 2) for score in scores]  # as by hand
     values, mixture = walk["V = x W_v"], walk["softmax(QKᵀ/√d_k)V"][1]
-    X, right, total = [234 + 108 * n for n in range(5)], 806, sum(exponentials)
+    X, right, total = [250 + 106 * n for n in range(5)], 814, sum(exponentials)
     parts = [text(x, 24, word, "bold") for x, word in zip(X, words, strict=True)]
     for y, name, numbers, last, style in (
         (74, "score of cat", scores, "", "orange tint"),
         (146, "e to the score", exponentials, f"sum {total:.2f}", "soft tint"),
-        (218, f"share of {total:.2f}", weights, f"sum {sum(weights):.2f}", "blue tint"),
+        (218, f"divided by {total:.2f}", weights, f"sum {sum(weights):.2f}", "blue tint"),
     ):
-        parts += [text(172, y, name, "end"), text(right, y, last)]
+        parts += [text(190, y, name, "end"), text(right, y, last)]
         for x, number in zip(X, numbers, strict=True):
             parts += [arrow((x, y + 19), (x, y + 53)), box(x, y, 88, 38, decimal(number, 2), style)]
     columns = [(x, value, "green tint") for x, value in zip(X, values, strict=True)]
     for x, vector, style in (*columns, (right, mixture, "green tint thick")):
         parts += [box(x, 336, 88, 128, "\n".join(decimal(v, 2) for v in vector), style)]
-        parts += [text(x + 54, 336, "+") if x < X[-1] else ""]
-    parts += [text(172, 336, "times value", "end"), text((X[-1] + right) / 2 + 1, 336, "=")]
-    parts += [text(right, 424, "what cat gets")]
+        parts += [text(x + 53, 336, "+") if x < X[-1] else ""]
+    parts += [text(190, 336, "times value", "end"), text((X[-1] + right) / 2 + 1, 336, "=")]
+    parts += [text(860, 424, "what cat gets", "end")]
     return svg("The row of cat: scores, exponentials, weights, and the mixture of the values", 450, *parts)
 
 
@@ -345,7 +346,7 @@ def positions() -> str:
     parts = []
     for x, title, numbers, across in (
         (70, f"positional_encoding({T}, {d_model})", pattern, "dimension"),
-        (500, "dot products, self = 1", likeness, "position"),
+        (500, f"dot products, divided by {d_model // 2}", likeness, "position"),
     ):
         rows, columns = numbers.shape
         parts += [
@@ -357,7 +358,7 @@ def positions() -> str:
             text(x + side / 2, 440, across),
         ]  # fmt: skip
     parts += [
-        text(20, 238, "t", "bold"),
+        f'<g transform="rotate(-90 36 238)">', text(36, 238, "position"), "</g>",
         cells(304, 480, 16, 16, torch.linspace(-1, 1, 17).unsqueeze(0), ("blue", "orange")),
         text(285, 488, "−1", "soft"), text(592, 488, "1", "soft"),
     ]  # fmt: skip
@@ -414,7 +415,7 @@ def sublayer(x: float, bottom: float, name: str, note: str, norm: str, side: int
     """Draw LayerNorm(x + sublayer(x)), with the residual on one side, up to bottom - 196."""
     color = "blue" if side < 0 else "orange"
     return [
-        path([(x, bottom), (x, bottom - 196)], "soft"),
+        path([(x, bottom), (x, bottom - 196)], "soft"), arrow((x, bottom), (x, bottom - 29)),
         arrow((x, bottom - 12), (x + 150 * side, bottom - 12), (x + 150 * side, bottom - 124),
               (x + 14 * side, bottom - 124)),
         arrow((x, bottom - 96), (x, bottom - 111)),
@@ -427,10 +428,9 @@ def sublayer(x: float, bottom: float, name: str, note: str, norm: str, side: int
 
 def network() -> str:
     """The encoder and the decoder of the paper, with the names of transformer.py."""
-    left, right, bottom, source = 215, 665, 846, "12 mars 2021"
+    left, right, bottom = 215, 665, 846
     parts = [
         box(203, 637, 330, 404, "", "soft dashed"), box(677, 539, 330, 600, "", "soft dashed"),
-        arrow((left, 958), (left, 800)), arrow((right, 958), (right, 800)),
         *sublayer(left, bottom - 4, "self_attention", "padding mask", "norm1", -1),
         *sublayer(left, bottom - 200, "feed_forward", "each position alone", "norm2", -1),
         *sublayer(right, bottom - 4, "self_attention", "causal mask", "norm1", 1),
@@ -441,20 +441,22 @@ def network() -> str:
         text(52, 390, "EncoderLayer\n× num_layers", "mono start"),
         arrow((right, 254), (right, 166)), text(690, 206, "DecoderLayer\n× num_layers", "mono start"),
         box(right, 142, 250, 44, "to_logits", "soft tint mono"),
-        arrow((right, 120), (right, 80)), text(right, 56, "2 0 2 1 - …", "bold"),
-        text(left, 984, source, "bold"), text(right, 984, "<s> 2 0 2 1 …", "bold"),
+        arrow((right, 120), (right, 80)), text(right, 56, f"{' '.join(ISO[:5])} …", "bold"),
+        text(left, 984, TEXT, "bold"), text(right, 984, f"<s> {' '.join(ISO[:4])} …", "bold"),
         text(right, 26, "the next tokens", "soft"),
         text(left, 1014, "source", "soft"), text(right, 1014, "target so far", "soft"),
+        text(492, 562, "K, V", "blue"),
         text(left, 142, "+ adds what went in\n(the residual connection)\n\nnorm brings it to\nmean 0, variance 1", "soft"),
     ]
     for x in (left, right):
-        parts += [box(x, 905, 250, 68, "embedding · √d_model\n+ positions", "green tint")]
+        parts += [arrow((x, 964), (x, 941)), path([(x, 871), (x, 842)], "soft")]
+        parts += [box(x, 905, 290, 68, "embedding · √d_model\n+ positions", "green tint")]
     return svg("The Transformer: encoder and decoder, each sublayer with residual and norm", 1036, *parts)
 
 
 def teacher_forcing() -> str:
     """The decoder gets the target, and is to predict the same shifted by one."""
-    target = ["<s>", *transformer.EXAMPLE[1][:5]]
+    target = ["<s>", *ISO[:5]]
     X = [330 + 112 * n for n in range(5)]
     parts = [
         text(20, 50, "labels", "start"), text(20, 80, "target[:, 1:]", "mono start"),
@@ -468,55 +470,93 @@ def teacher_forcing() -> str:
         parts += [arrow((x, 324), (x, 239)), arrow((x, 172), (x, 90))]
         parts += [box(x, 345, 64, 42, target[n]), box(x, 65, 64, 42, target[n + 1], "green tint")]
     parts += [text(854, y, "…") for y in (65, 345)]
-    return svg("Teacher forcing: the labels are the target shifted by one", 400, *parts)
+    parts += [text(MIDDLE, 412, "Each label is the next input: a dashed line joins the same token.")]
+    return svg("Teacher forcing: the labels are the target shifted by one", 442, *parts)
 
 
 def writing() -> str:
     """What goes in and comes out at each step, with cached keys and values."""
-    iso = transformer.EXAMPLE[1]
+    last = len(ISO) + 1
     parts = [
-        text(200, 26, "cache  and  new token", "bold"), text(560, 26, "decoder", "bold"),
-        text(780, 26, "likeliest next", "bold"),
+        text(62, 26, "cached, then what goes in", "bold start"),
+        text(780, 26, "what comes out", "bold"), text(90, 428, "⋮"), text(780, 428, "⋮"),
+        text(MIDDLE, 548, "Only the new token is computed; keys and values of the others are kept,\n"
+             "as are those of the memory from step 1 on."),
     ]  # fmt: skip
-    for n in range(4):
-        y, tokens = 80 + 92 * n, ["<s>", *iso[:n]]
+    for step, y, tokens, result in (
+        *((n + 1, 80 + 92 * n, ["<s>", *ISO[:n]], ISO[n]) for n in range(4)),
+        (last, 480, ["<s>", *ISO[:2], "…", *ISO[-2:]], "end"),
+    ):
         for k, token in enumerate(tokens):
-            parts += [box(90 + 68 * k, y, 56, 42, token, "green tint" if k == n else "soft dashed")]
-        x = 90 + 68 * n
+            new = k == len(tokens) - 1
+            parts += [box(90 + 68 * k, y, 56, 42, token, "green tint" if new else "soft dashed")]
+        x = 90 + 68 * k
         parts += [
-            text(24, y, str(n + 1), "soft"),
-            arrow((x + 30, y), (456, y)),
-            box(560, y, 200, 46, "new token only", "orange tint"),
-            arrow((662, y), (746, y)), box(780, y, 56, 42, iso[n], "green tint"),
-            arrow((780, y + 23), (780, y + 46), (x + 68, y + 46), (x + 68, y + 69), style="green dashed") if n < 3 else "",
+            text(28, y, str(step), "soft"),
+            arrow((x + 30, y), (516, y)), box(590, y, 144, 46, "decoder", "orange tint"),
+            arrow((664, y), (748, y)), box(780, y, 60, 42, result, "green tint"),
         ]  # fmt: skip
-    return svg("Writing token by token, with a cache", 520, *parts)
+        if step < 4:
+            back = [(780, y + 22), (780, y + 46), (x + 68, y + 46), (x + 68, y + 69)]
+            parts += [arrow(*back, style="green dashed")]
+    return svg("Writing token by token, with a cache", 590, *parts)
 
 
 def beam() -> str:
     """A beam of two over two steps, as a tree."""
-    words = {"a": 0.5, "the": 0.4, "one": 0.1}
-    after = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
-    return ""
+    first = {"a": 0.5, "the": 0.4, "one": 0.1}
+    second = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
+    pairs = {
+        (a, b): math.log(first[a]) + math.log(p) for a, after in second.items() for b, p in after.items()
+    }
+    kept = sorted(pairs, key=lambda pair: pairs[pair], reverse=True)[:2]
+    greedy = max(second[max(first, key=lambda word: first[word])])
+    places = {"a": 126, "the": 306, "one": 426}
+    rows = (66, 126, 186, 276, 336)
+    parts = []
+    for word, y in places.items():
+        style = "green tint" if word in second else "soft dashed"
+        parts += [arrow((90, 246), (206, y)), box(290, y, 160, 42, f"{word}  {decimal(math.log(first[word]), 2)}", style)]
+    for ((a, b), total), y in zip(pairs.items(), rows, strict=True):
+        best = (a, b) in kept
+        parts += [
+            arrow((372, places[a]), (496, y)),
+            box(590, y, 180, 42, f"{b}  {decimal(math.log(second[a][b]), 2)}", "green tint" if best else "soft dashed"),
+            text(780, y, decimal(total, 2), "green bold" if best else "soft"),
+        ]
+    parts += [
+        box(55, 246, 64, 42, "<s>"), text(290, 24, "log P, step 1"), text(590, 24, "log P, step 2"),
+        text(780, 24, "sum"),
+        text(MIDDLE, 490, f"The two largest sums are kept at each step. Alone, a would win at first\n"
+             f"and lead to a {greedy}; with two, {' '.join(kept[0])} is found."),
+    ]  # fmt: skip
+    return svg("A beam of two over two steps, as a tree", 530, *parts)
 
 
 def processes() -> str:
     """What each of two processes does in a step."""
-    xs, parts = (230, 650), [box(MIDDLE, 45, 760, 48, "a batch")]
-    for rank, x in enumerate(xs):
-        parts += [
-            path([(x, 70), (x, 480)], "soft"),
-        ]
-        for y, words in ((140, f"batch[{rank}::2]"), (220, "loss"), (300, "loss.backward()"), (460, "optimizer.step()")):
-            parts += [arrow((x, y - 40), (x, y - 26)), box(x, y, 340, 48, words, "blue tint mono")]
-    parts += [box(MIDDLE, 380, 760, 48, "all-reduce: the gradient of the whole batch", "orange tint")]
-    return svg("What each process does in a step", 560, *parts)
+    parts = [
+        box(MIDDLE, 45, 780, 48, "a batch"),
+        box(MIDDLE, 377, 780, 48, "all-reduce: the gradient of the whole batch", "orange tint"),
+        text(MIDDLE, 520, "All processes take the same step, so their weights stay the same."),
+    ]
+    for rank, x in enumerate((235, 645)):
+        for y, words, style in (
+            (128, f"process {rank}: batch[{rank}::2]", "blue tint mono"),
+            (211, "forward: the loss of its share", "blue tint"),
+            (294, "backward: its gradient", "blue tint"),
+            (377, "", ""),
+            (460, "optimizer.step()", "blue tint mono"),
+        ):
+            parts += [arrow((x, y - 58), (x, y - 26))]
+            parts += [box(x, y, 370, 48, words, style)] if words else []
+    return svg("What each process does in a step", 556, *parts)
 
 
 DIAGRAMS = {
     "valley": valley, "gelu": gelu, "feed-forward": feed_forward, "lookup": lookup,
     "one-word": one_word, "split-heads": split_heads, "positions": positions, "masks": masks,
-    "transformer": network, "teacher-forcing": teacher_forcing, "writing": writing,
+    "transformer": network, "teacher-forcing": teacher_forcing, "writing": writing, "beam": beam,
     "learning-rate": learning_rate, "processes": processes,
 }  # fmt: skip
 
