@@ -16,9 +16,9 @@ LEVELS = 16  # shades of a cell, on either side of 0
 COLORS = ("blue", "orange", "green", "purple")  # told apart by color-blind people, too
 STYLE = """
 :root{--paper:#fff;--ink:#1f2328;--soft:#59636e;
---blue:#0072b2;--orange:#b35900;--green:#00785a;--purple:#a0417e}
+--blue:#0072b2;--orange:#b35900;--green:#14733f;--purple:#8a2a6a}
 @media(prefers-color-scheme:dark){:root{--paper:#0d1117;--ink:#f0f6fc;--soft:#9198a1;
---blue:#56b4e9;--orange:#f0a030;--green:#2fc49a;--purple:#e29cc6}}
+--blue:#56b4e9;--orange:#f0a030;--green:#39b577;--purple:#eac0d8}}
 svg{color:var(--ink)}.paper{color:var(--paper)}.soft{color:var(--soft)}.blue{color:var(--blue)}
 .orange{color:var(--orange)}.green{color:var(--green)}.purple{color:var(--purple)}
 text{fill:currentColor;font:22px system-ui,-apple-system,"Segoe UI","Noto Sans",Arial,sans-serif;

@@ -124,22 +124,52 @@ def test_words_lie_on_the_paper_and_apart(name):
         assert r0 + 5 <= l1 or r1 + 5 <= l0 or abs(y0 - y1) >= 24, (words, other)
 
 
-def test_paper_and_words_contrast_in_both_modes():
+def palettes():
+    """Return the colors of both modes: linear red, green and blue."""
+    modes = []
+    for mode in drawing.STYLE.split("@media"):
+        found = {}
+        for name, color in re.findall(r"--(\w+):#([0-9a-f]+)", mode):
+            color = color * 2 if len(color) == 3 else color
+            rgb = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+            found[name] = torch.tensor(linear, dtype=torch.float64)
+        modes.append(found)
+    assert all(found.keys() == {"paper", "ink", "soft", *drawing.COLORS} for found in modes)
+    return modes
+
+
+TO_XYZ = torch.tensor(  # from linear sRGB, with white at (1, 1, 1)
+    [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728]],
+    dtype=torch.float64,
+)
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_words_contrast_with_the_paper(mode):
     """WCAG 2 asks for 4.5 to 1."""
+    luminance = {name: (TO_XYZ @ color)[1].item() for name, color in palettes()[mode].items()}
+    paper = luminance.pop("paper")
+    for name, each in luminance.items():
+        dark, light = sorted((paper, each))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, name
 
-    def luminance(color):
-        parts = color * 2 if len(color) == 3 else color
-        rgb = [int(parts[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    modes = drawing.STYLE.split("@media")
-    for mode in modes:
-        colors = dict(re.findall(r"--(\w+):#([0-9a-f]+)", mode))
-        assert colors.keys() == {"paper", "ink", "soft", *drawing.COLORS}
-        for name in colors.keys() - {"paper"}:
-            dark, light = sorted((luminance(colors["paper"]), luminance(colors[name])))
-            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+# No cones for green, and none for red: Machado, Oliveira and Fernandes 2009, severity 1.
+@pytest.mark.parametrize("seen", [
+    [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+])  # fmt: skip
+@pytest.mark.parametrize("mode", [0, 1])
+def test_color_blind_people_can_tell_the_colors_apart(mode, seen):
+    """Differ by 20 in CIELAB, where 2 can be seen."""
+    lab = []
+    for name in drawing.COLORS:
+        color = (torch.tensor(seen, dtype=torch.float64) @ palettes()[mode][name]).clamp(0, 1)
+        x, y, z = ((TO_XYZ @ color).clamp(min=0.01) ** (1 / 3)).tolist()
+        lab.append(torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)]))
+    for one, other in combinations(lab, 2):
+        assert (one - other).norm() >= 20
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
