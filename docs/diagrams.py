@@ -3,8 +3,8 @@
 
     make docs
 
-Every number in them is computed, by the scripts of the course or in plain sight. Colors mean the
-same everywhere: queries and the encoder are blue, keys and the decoder orange, values green.
+Every number in them is computed, by the scripts of the course or in plain sight. Queries and the
+encoder are blue, keys and the decoder orange, values green.
 """
 
 import argparse
@@ -482,7 +482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = args.out / f"{name}.svg"
             path.write_text(draw().svg(), encoding="utf-8", newline="\n")
     except OSError as error:
-        print(f"{parser.prog}: can't write {error.filename}: {error.strerror}", file=sys.stderr)
+        reason = f"can't write {str(error.filename)!r}: {error.strerror}"
+        print(f"{parser.prog}: {reason}", file=sys.stderr)
         return 1
     return 0
 
