@@ -51,7 +51,7 @@ def valley() -> Drawing:
     for w in range(7):
         d.text(X(w), 402, str(w), "soft")
     d.text(858, 380, "w")
-    d.line(*(at(w) for w in torch.linspace(0, 6, 61, dtype=torch.float64)), style="thick")
+    d.line(*(at(w) for w in torch.arange(61, dtype=torch.float64) / 10), style="thick")
     d.text(MIDDLE, 60, "the loss L = (w − 3)²", "bold")
     d.text(MIDDLE, 100, f"w ← w − η · slope,  η = {rate}")
     for start, center, side, color in ((1.0, 235, "right", "blue"), (4.0, 645, "left", "orange")):
@@ -81,7 +81,7 @@ def gelu() -> Drawing:
         d.text(X(n), 398, number(n, "g"), "soft")
     for n in range(1, 5):
         d.text(X(0) - 16, Y(n), str(n), "soft end")
-    x = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    x = torch.arange(-80, 81, dtype=torch.float64) / 20  # not linspace, which rounds by machine
     for function, style in ((F.relu, "orange thick dashed"), (F.gelu, "blue thick")):
         points = torch.stack((x, function(x)), dim=1).tolist()
         d.line(*((X(a), Y(b)) for a, b in points), style=style)
