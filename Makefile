@@ -44,6 +44,7 @@ bench: $(VENV_READY)
 	for file in benchmarks/*.py; do $(POETRY) run "$$file" || exit; done
 
 docs: demo
+	$(POETRY) run docs/diagrams.py
 	$(POETRY) run benchmarks/attention.py
 	cp runs/fashion-mnist/history.png docs/history.png
 	cp runs/fashion-mnist/confusion.png docs/confusion.png

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import padding_mask
-from transformer import BOS, EOS, MAX_LENGTH, PAD, Transformer, cached
+from cache import cached
+from transformer import BOS, EOS, MAX_LENGTH, PAD, Transformer
 
 
 def autocast(device: torch.device) -> torch.autocast:

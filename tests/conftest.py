@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+import clothes
 from corpus import Corpus, make_tokenizer
 from network import PreNormTransformer, Settings
 from transformer import PAD, Sizes, Transformer
-
-import clothes
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 import torch
-from conftest import SENTENCES, corpus_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus as C
+from conftest import SENTENCES, corpus_of
 from transformer import BOS, EOS, MAX_LENGTH, PAD
 
 BOTH = ("de", "en")

@@ -10,11 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, draw, make
 from torch import nn
 
 import network as N
 from attention import causal_mask
+from conftest import SMALL, draw, make
 from transformer import PAD, Transformer
 
 

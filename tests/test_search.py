@@ -7,12 +7,13 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES, SMALL, draw, make
 from torch import nn
 
 import search as S
+from cache import cached
+from conftest import SENTENCES, SMALL, draw, make
 from network import PreNormTransformer, make_model
-from transformer import BOS, EOS, PAD, Sizes, Transformer, cached, padding_mask
+from transformer import BOS, EOS, PAD, Sizes, Transformer, padding_mask
 
 
 def learn(model, pairs, steps=80):

@@ -23,12 +23,12 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import SENTENCES, SMALL, corpus_of, draw, make, save_text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import processes
 import translation as T
+from conftest import SENTENCES, SMALL, corpus_of, draw, make, save_text
 from corpus import make_batches, open_corpus
 from network import PreNormTransformer
 from transformer import BOS, EOS, Sizes, learning_rate
