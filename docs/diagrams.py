@@ -26,6 +26,7 @@ from drawing import COLORS, WIDTH, Drawing, Point, column, number, scale
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 attention = importlib.import_module("attention")
+clothes = importlib.import_module("clothes")
 fashion = importlib.import_module("fashion-mnist")
 transformer = importlib.import_module("transformer")
 
@@ -100,7 +101,7 @@ def feed_forward() -> Drawing:
     d = Drawing("The network of fashion-mnist.py, from an image to ten logits", 502)
     layers = [layer for layer in fashion.Classifier().layers if isinstance(layer, nn.Linear)]
     sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
-    images, labels = fashion.load(fashion.SAMPLE, train=False)
+    images, labels = clothes.load(clothes.SAMPLE, train=False)
     d.cells(20, 120, 5, 5, images[0] / 255, "ink")
     d.grid(20, 120, 140, 1, 1)
     d.text(90, 296, "image\n28 × 28")
@@ -117,7 +118,7 @@ def feed_forward() -> Drawing:
     for x in xs[1:-1]:
         d.text(x, 346, "BatchNorm1d\nGELU", "mono green")
     d.text(690, 22, f"{sizes[-1]} logits", "bold")
-    for n, name in enumerate(fashion.CLASSES):
+    for n, name in enumerate(clothes.CLASSES):
         d.dot(690, 64 + 28 * n, "orange" if n == labels[0] else "blue")
         d.text(708, 64 + 28 * n, name, "start orange bold" if n == labels[0] else "start")
     for y, part, color, does in (

@@ -74,7 +74,7 @@ def words():
 
 
 @pytest.fixture
-def folder(tmp_path):
+def text_folder(tmp_path):
     """A data set of a few sentences, over and over; some files are gzipped."""
     folder = tmp_path / "some text"
     folder.mkdir()

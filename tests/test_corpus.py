@@ -143,9 +143,9 @@ def prepare(folder, cache, languages=BOTH, vocab_size=320):
     return C.prepare_corpus(folder, languages, vocab_size, cache)
 
 
-def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(folder, tmp_path):
+def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(text_folder, tmp_path):
     cache = tmp_path / "cache"
-    path, count = prepare(folder, cache)
+    path, count = prepare(text_folder, cache)
     assert count == 30 * len(SENTENCES)
     assert {p.name for p in path.iterdir()} == {
         "tokenizer.json", "train.tokens", "train.offsets", "val.tokens", "val.offsets",
@@ -156,7 +156,7 @@ def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(folder,
     assert tokenizer.decode(ids) == SENTENCES[1][0]
 
     before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
-    moved = folder.rename(tmp_path / "moved")
+    moved = text_folder.rename(tmp_path / "moved")
     for name in ("train.de", "train.en"):  # not gzipped any more
         packed = moved / f"{name}.gz"
         (moved / name).write_bytes(gzip.decompress(packed.read_bytes()))
@@ -171,7 +171,7 @@ def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(folder,
     assert prepare(moved, cache)[0] != path
 
 
-def test_an_encoding_that_was_cut_short_is_made_again(folder, tmp_path, monkeypatch):
+def test_an_encoding_that_was_cut_short_is_made_again(text_folder, tmp_path, monkeypatch):
     encode = C.encode
 
     def killed(*arguments):
@@ -180,31 +180,31 @@ def test_an_encoding_that_was_cut_short_is_made_again(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(C, "encode", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare(folder, tmp_path / "cache")
+        prepare(text_folder, tmp_path / "cache")
     (part,) = (tmp_path / "cache").iterdir()
     assert part.suffix == ".part"
     monkeypatch.undo()
-    path, _ = prepare(folder, tmp_path / "cache")
+    path, _ = prepare(text_folder, tmp_path / "cache")
     assert [*(tmp_path / "cache").iterdir()] == [path]
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "val.offsets"])
 @pytest.mark.parametrize("size", [0, 8])
-def test_a_broken_encoding_is_named(folder, tmp_path, name, size):
-    path, _ = prepare(folder, tmp_path / "cache")
+def test_a_broken_encoding_is_named(text_folder, tmp_path, name, size):
+    path, _ = prepare(text_folder, tmp_path / "cache")
     (path / name).write_bytes((path / name).read_bytes()[:size])
     with pytest.raises(OSError, match=re.escape(str(path))):
         C.open_corpus(path / name.partition(".")[0])
 
 
-def test_the_tokenizer_is_learned_from_a_bounded_sample(folder, tmp_path, monkeypatch):
+def test_the_tokenizer_is_learned_from_a_bounded_sample(text_folder, tmp_path, monkeypatch):
     seen = []
     make_tokenizer = C.make_tokenizer
     monkeypatch.setattr(C, "SAMPLE", 50)
     monkeypatch.setattr(
         C, "make_tokenizer", lambda texts, size: make_tokenizer(seen.extend(texts) or seen, size)
     )
-    prepare(folder, tmp_path / "cache")
+    prepare(text_folder, tmp_path / "cache")
     assert len(seen) == 2 * 40  # every third of 120 pairs
     assert len(set(seen)) == 2 * len(SENTENCES)
 
@@ -225,31 +225,31 @@ def shorten(path):
     ],
     ids=range(6),
 )
-def test_broken_text_is_named(folder, tmp_path, name, spoil, message):
-    spoil(folder / name)
+def test_broken_text_is_named(text_folder, tmp_path, name, spoil, message):
+    spoil(text_folder / name)
     with pytest.raises(OSError, match=message) as caught:
-        prepare(folder, tmp_path / "cache")
-    assert str(folder) in str(caught.value)
+        prepare(text_folder, tmp_path / "cache")
+    assert str(text_folder) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("content", [None, b"", b"\n\n"])
-def test_a_split_without_sentences_is_refused(folder, tmp_path, split, content):
-    for path in folder.glob(f"{split}.*"):
+def test_a_split_without_sentences_is_refused(text_folder, tmp_path, split, content):
+    for path in text_folder.glob(f"{split}.*"):
         path.unlink()
         if content is not None:
-            (folder / path.name.removesuffix(".gz")).write_bytes(content)
-    with pytest.raises(OSError, match=re.escape(str(folder))):
-        prepare(folder, tmp_path / "cache")
+            (text_folder / path.name.removesuffix(".gz")).write_bytes(content)
+    with pytest.raises(OSError, match=re.escape(str(text_folder))):
+        prepare(text_folder, tmp_path / "cache")
 
 
-def test_pairs_are_read_until_one_side_ends_before_the_other(folder):
-    assert [*C.read_pairs(folder, "val", BOTH)] == SENTENCES[:2]
-    assert [*C.read_pairs(folder, "val", ("en", "de"))] == [(b, a) for a, b in SENTENCES[:2]]
-    (folder / "val.de").write_text("one\n")
+def test_pairs_are_read_until_one_side_ends_before_the_other(text_folder):
+    assert [*C.read_pairs(text_folder, "val", BOTH)] == SENTENCES[:2]
+    assert [*C.read_pairs(text_folder, "val", ("en", "de"))] == [(b, a) for a, b in SENTENCES[:2]]
+    (text_folder / "val.de").write_text("one\n")
     with pytest.raises(OSError, match=r"val\.de and val\.en have different numbers of lines"):
-        [*C.read_pairs(folder, "val", BOTH)]
+        [*C.read_pairs(text_folder, "val", BOTH)]
 
 
 def test_a_file_that_grows_without_end_when_unpacked_takes_no_memory(tmp_path):

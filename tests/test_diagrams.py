@@ -221,8 +221,8 @@ def test_feed_forward_has_the_sizes_of_the_network():
     shown = [numbers(line)[0] for line in texts("feed-forward", "bold")[:4]]
     assert sorted(shown) == sorted(sizes)
     assert texts("feed-forward", "mono").count("Linear") == len(sizes)  # and in the legend
-    image, label = (part[0] for part in fashion.load(fashion.SAMPLE, train=False))
-    assert texts("feed-forward", "bold orange") == [fashion.CLASSES[label]]
+    image, label = (part[0] for part in diagrams.clothes.load(diagrams.clothes.SAMPLE, train=False))
+    assert texts("feed-forward", "bold orange") == [diagrams.clothes.CLASSES[label]]
     (shown_image,) = matrices("feed-forward", (28, 28))
     torch.testing.assert_close(shown_image, image / 255, atol=1 / 32 + 1e-6, rtol=0)
 
@@ -357,9 +357,9 @@ def test_writing_shows_what_generate_feeds_and_gets(monkeypatch):
 @pytest.mark.parametrize(("width", "found"), [(1, 0), (2, 1)])
 def test_beam_shows_what_beam_search_finds(width, found):
     """A network that knows the diagram's table, and ends after two words."""
-    translation = importlib.import_module("translation")
+    search = importlib.import_module("search")
     words = ["", "", "", "a", "the", "one", "dog", "cat", "bird"]
-    end = [float(i == translation.EOS) for i in range(len(words))]
+    end = [float(i == search.EOS) for i in range(len(words))]
 
     def following(prefix):
         table = diagrams.SECOND.get(words[prefix[-1]]) if len(prefix) == 2 else diagrams.FIRST
@@ -372,8 +372,8 @@ def test_beam_shows_what_beam_search_finds(width, found):
 
     model = SimpleNamespace(decode=decode, decoder=[], encode=lambda x: torch.zeros(*x.shape, 1))
     model.eval = lambda: model
-    source = torch.tensor([[3, translation.EOS]])
-    ((first, second),) = translation.beam_search(model, source, width, use_cache=False)
+    source = torch.tensor([[3, search.EOS]])
+    ((first, second),) = search.beam_search(model, source, width, use_cache=False)
     (line,) = (line for line in texts("beam") if "misses" in line)
     assert f"{words[first]} {words[second]}" == re.findall("“(.*?)”", line)[found]
 
@@ -413,7 +413,7 @@ def test_learning_rate_is_that_of_the_training(monkeypatch):
 
 def test_processes_share_the_batch_as_translation_does():
     translation = importlib.import_module("translation")
-    assert "batch[rank::world]" in inspect.getsource(translation.train_epoch)
+    assert "batch[rank::world]" in inspect.getsource(translation.add_gradients)
     shares = [line.split(": ")[1] for line in texts("processes", "mono") if "batch" in line]
     batch = [*range(7)]
     assert sorted(chain(*(eval(share, {"batch": batch}) for share in shares))) == batch

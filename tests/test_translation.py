@@ -513,18 +513,18 @@ def start(*arguments, torchrun=False, **options):
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
 
-def test_text_is_learned_end_to_end(run_script, folder, tmp_path):
+def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     for language, lines in (("de", "\nein hund\n\nein\n"), ("en", f"a dog\n\n\n{'x ' * 300}\n")):
-        with gzip.open(folder / f"train.{language}.gz", "at") as file:
+        with gzip.open(text_folder / f"train.{language}.gz", "at") as file:
             file.write(lines)
     for name, text in (("val.de", "$a$ $"), ("val.en", "a $"), ("test.more.de", "")):
-        path = folder / name
+        path = text_folder / name
         path.write_text(f"{text}\n{path.read_text()}")
-    path = folder / "test.more.en"
+    path = text_folder / "test.more.en"
     path.write_text(f"\x1b[2J red\n{path.read_text()}")
     out = tmp_path / "out"
     done = run_script(
-        "translation.py", "--data", folder, "--out", out, "--device", "cpu", *TINY,
+        "translation.py", "--data", text_folder, "--out", out, "--device", "cpu", *TINY,
         "--d-model", 32, "--batch-tokens", 300, "--epochs", 8,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
