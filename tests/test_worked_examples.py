@@ -102,7 +102,7 @@ def test_a_linear_layer():
 
 def test_two_linear_layers_are_one():
     outer, inner, first, second, slope, intercept = find(
-        "2-fashion-mnist.md", "of the result: ```math", "```"
+        "2-fashion-mnist.md", "into $`2x + 4`$: ```math", "```"
     )
     assert (outer * inner, outer * first + second) == (slope, intercept)
 
