@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""Write it yourself: functions of these scripts become holes, and their tests judge your answers.
+
+Run `poetry run src/practice.py` for the list. `start mask` copies the scripts to practice/, one
+function empty; `check` runs its tests on your copy, `check --watch` at each save; `hint` and
+`solution` help. The exercises, and the mistakes to hunt (`start bug-1`), are in exercises.toml.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from holes import SOURCES, Task, carry, find_body, function_lines, prepare, read_tasks
+from judge import Case, judge, warm_up
+
+ROOT = SOURCES.parent
+PRACTICE = ROOT / "practice"
+OWN = ("holes.py", "judge.py", "practice.py")  # which are not practiced on
+COLORS = {"✓": 32, "✗": 31, "→": 33}
+
+
+@dataclass
+class State:
+    """What a person has done so far."""
+
+    current: str = ""
+    started: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    hints: dict[str, int] = field(default_factory=dict)  # how many were given
+    hashes: dict[str, str] = field(default_factory=dict)  # of the scripts that were copied
+
+
+def read(path: Path) -> str:
+    """Read a file with its line ends as they are."""
+    return path.read_bytes().decode()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o755)  # as the scripts, to be run
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_state() -> State:
+    """Read what `write_state` wrote. Raises OSError if it is broken."""
+    path = PRACTICE / "state.json"
+    try:
+        return State(**json.loads(read(path))) if path.exists() else State()
+    except (TypeError, ValueError) as error:
+        raise OSError(f"{path} is broken; without it, all starts anew") from error
+
+
+def write_state(state: State) -> None:
+    """Keep what a person has done so far."""
+    write(PRACTICE / "state.json", json.dumps(asdict(state), indent=1))
+
+
+def keep(path: Path) -> Path:
+    """Keep a file beside itself, under another name, which is returned."""
+    number = 1
+    while (old := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    write(old, read(path))
+    return old
+
+
+def refresh(state: State, tasks: dict[str, Task]) -> None:
+    """Copy the scripts that aren't in practice/ yet, or have changed, with what a person wrote."""
+    PRACTICE.mkdir(exist_ok=True)
+    for name in sorted(path.name for path in SOURCES.glob("*.py") if path.name not in OWN):
+        path, source = PRACTICE / name, read(SOURCES / name)
+        digest, before = hashlib.sha256(source.encode()).hexdigest(), state.hashes.get(name)
+        if path.exists() and digest == before:
+            continue
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != before:
+            started = [tasks[task] for task in state.started if task in tasks]
+            mine = {task.function for task in started if task.script == name}
+            source = carry(sorted(mine), read(path), source)
+            print(f"src/{name} has changed. practice/{name} is new, with your functions in it;")
+            print(f"as it was, it is now {keep(path).name}.\n")
+        write(path, source)
+        state.hashes[name] = digest
+    write_state(state)
+
+
+def chapter(script: str) -> str:
+    """Return the page of the course that explains a script."""
+    pages = (ROOT / "docs").glob("[0-9]-*.md")
+    return next((f"docs/{page.name}" for page in pages if page.stem[2:] in script), "README.md")
+
+
+def start(task: Task, state: State, again: bool) -> None:
+    """Empty the function, or plant the mistake, in practice/, and print the task."""
+    path, reference = PRACTICE / task.script, read(SOURCES / task.script)
+    if again or task.name not in state.started:
+        copy = read(path)
+        touched = copy.split("\n")[function_lines(copy, task.function)]
+        if touched != reference.split("\n")[function_lines(reference, task.function)]:
+            print(f"What was in {path.relative_to(ROOT)} is kept in {keep(path).name}.\n")
+        write(path, carry([task.function], prepare(reference, task), copy))
+        state.started = [*dict.fromkeys([*state.started, task.name])]
+        state.hints.pop(task.name, None)
+    else:
+        print(
+            f"{task.name} was started before; --again starts it over, and keeps what you wrote.\n"
+        )
+    state.current = task.name
+    write_state(state)
+    show_task(task)
+
+
+def show_task(task: Task) -> None:
+    """Print what is to be done, and where."""
+    if task.symptom:
+        print(f"{task.name}: practice/{task.script} now has a mistake. This is what it does:\n")
+        print(textwrap.indent(textwrap.fill(task.symptom, 96), "  "))
+    else:
+        line, docstring = find_body(read(PRACTICE / task.script), task.function)
+        print(f"{task.name}: {task.title}\npractice/{task.script}:{line}, in {task.function}\n")
+        print(textwrap.indent(docstring if not task.task else task.task.strip(), "  "))
+    print(f"\nChapter: {chapter(task.script)}\nNext: check, or hint", flush=True)
+
+
+def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
+    """Judge what a person wrote, and print the verdict; return the exit status."""
+    case = Case(PRACTICE / task.script, task.function, task.tests)
+    warm_up(case)
+    passed, lines = judge(case)
+    if passed:
+        state.done = [*dict.fromkeys([*state.done, task.name])]
+        write_state(state)
+        show_lines("✓", task.name, ["is found" if task.symptom else "is right", *lines])
+        print(f"  Next: {advice(state, tasks)}", flush=True)
+        return 0
+    if task.symptom and lines[0].startswith("not yet") and state.hints.get(task.name, 0) < 2:
+        lines = ["is still there; the second hint lets check say more"]
+    show_lines("✗", task.name, lines)
+    return 1
+
+
+def watch(tasks: dict[str, Task]) -> None:
+    """Check the current task at each save of its file, or start of another one, without end."""
+    seen: tuple[str, int] | None = None
+    while True:
+        state = read_state()
+        task = tasks[state.current]
+        path = PRACTICE / task.script
+        now = (task.name, path.stat().st_mtime_ns) if path.exists() else seen
+        if now != seen:
+            seen = now
+            check(task, state, tasks)
+        time.sleep(0.1)
+
+
+def show_hint(task: Task, state: State) -> None:
+    """Print one hint more than the last time."""
+    given = min(state.hints.get(task.name, 0) + 1, len(task.hints))
+    state.hints[task.name] = given
+    write_state(state)
+    for number, hint in enumerate(task.hints[:given], start=1):
+        print(textwrap.indent(f"{number}. {hint.strip()}", "  "))
+    more = "hint says more" if given < len(task.hints) else "solution shows what stands there"
+    print(f"\nNext: check; {more}", flush=True)
+
+
+def show_solution(task: Task) -> None:
+    """Print what a person wrote, and what stands in the script."""
+    for path in (PRACTICE / task.script, SOURCES / task.script):
+        source = read(path)
+        lines = source.split("\n")[function_lines(source, task.function)]
+        print(f"{path.relative_to(path.parents[1])}\n")
+        print(textwrap.indent(textwrap.dedent("\n".join(lines)), "  "), end="\n\n", flush=True)
+
+
+def show_lines(mark: str, name: str, lines: Sequence[str]) -> None:
+    """Print lines after a mark, which has a color at a terminal."""
+    if mark in COLORS and sys.stdout and sys.stdout.isatty():
+        mark = f"\x1b[{COLORS[mark]}m{mark}\x1b[0m"
+    print(f"{mark} {name} {lines[0]}", *lines[1:], sep="\n    ", flush=True)
+
+
+def advice(state: State, tasks: dict[str, Task]) -> str:
+    """Return the command for the first task that is not done."""
+    rest = [name for name in tasks if name not in state.done]
+    return f"poetry run src/practice.py start {rest[0]}" if rest else "nothing, all is done"
+
+
+def show_list(state: State, tasks: dict[str, Task]) -> None:
+    """Print all tasks by script: what is done, and what is next."""
+    heading, rest = "", [name for name in tasks if name not in state.done]
+    for number, task in enumerate(tasks.values(), start=1):
+        if heading != (heading := "Mistakes to find" if task.symptom else task.script):
+            print(f"\n{heading}" if number > 1 else heading)
+        mark = "✓" if task.name in state.done else "→" if task.name == rest[0] else " "
+        show_lines(mark, f"{number:2} {task.name:12}", [task.title or task.script])
+    print(f"\n{len(state.done)} of {len(tasks)} done. Next: {advice(state, tasks)}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is asked; return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = ("list", "start", "check", "hint", "solution")
+    parser.add_argument("command", nargs="?", choices=commands, default="list", help="what to do")
+    parser.add_argument(
+        "name", nargs="?", help="of a task, or its number; else the one started last"
+    )
+    parser.add_argument("--watch", action="store_true", help="check at each save, until Ctrl-C")
+    parser.add_argument("--again", action="store_true", help="start over; what you wrote is kept")
+    args = parser.parse_args(argv)
+    tasks = read_tasks()
+    names = dict(enumerate(tasks, start=1))
+    if args.name and args.name not in tasks:
+        if not args.name.isdecimal() or int(args.name) not in names:
+            parser.error(
+                f"argument name: must be one of {', '.join(tasks)}, or a number of the list"
+            )
+        args.name = names[int(args.name)]
+    try:
+        state = read_state()
+        if args.command == "list":
+            show_list(state, tasks)
+            return 0
+        refresh(state, tasks)
+        if args.command == "start":
+            rest = [name for name in tasks if name not in state.done] or list(tasks)
+            start(tasks[args.name or rest[0]], state, args.again)
+            return 0
+        state.current = args.name or state.current
+        if state.current not in state.started:
+            raise OSError(f"nothing is started yet: {advice(state, tasks)}")
+        task = tasks[state.current]
+        if args.command == "hint":
+            show_hint(task, state)
+        elif args.command == "solution":
+            show_solution(task)
+        elif args.watch:
+            watch(tasks)
+        else:
+            return check(task, state, tasks)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, SyntaxError, LookupError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
