@@ -252,8 +252,9 @@ def examine(case: Case, sender: Connection) -> None:
         with contextlib.suppress(KeyError, TypeError):  # a function inside a function
             function, owner = find(module, case.function)
             setattr(owner, function.__name__, watcher.watch(function))
-        settings = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        settings += ["-c", str(ROOT / "pyproject.toml"), "--hypothesis-seed=0"]
+        settings = ["-x", "-o", "addopts=", "-c", str(ROOT / "pyproject.toml")]
+        settings += ["--disable-plugin-autoload", "-p", "no:cacheprovider"]
+        settings += ["-p", "no:unraisableexception", "-p", "no:threadexception"]  # they are slow
         tests = [f"{case.test_file}::{test}" for test in case.tests]
         status = pytest.main([*settings, *tests], plugins=[watcher])
     except BaseException as error:  # an answer may even raise SystemExit
@@ -287,8 +288,14 @@ def judge(case: Case) -> Verdict:
 
 
 def warm_up(case: Case) -> None:
-    """Import what the tests will need, so that a forked process has it already."""
+    """Import what the tests import, so that a forked process has it already."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a process with more threads can't be forked safely
     if FORK:
         sys.path = [*dict.fromkeys([*sys.path, str(case.test_file.parent)])]
         importlib.import_module(case.test_file.stem)
+
+
+def warm_up_optimizers() -> None:
+    """Import what the first optimizer of a process would import, which takes seconds."""
+    if FORK:
+        importlib.import_module("torch._dynamo")

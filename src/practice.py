@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from holes import SOURCES, Task, carry, find_body, function_lines, prepare, read_tasks
-from judge import Case, judge, warm_up
+from judge import Case, judge, warm_up, warm_up_optimizers
 
 ROOT = SOURCES.parent
 PRACTICE = ROOT / "practice"
@@ -165,6 +165,7 @@ def watch(tasks: dict[str, Task]) -> None:
         if now != seen:
             seen = now
             check(task, state, tasks)
+            warm_up_optimizers()
         time.sleep(0.1)
 
 
