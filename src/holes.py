@@ -72,10 +72,10 @@ def hole_lines(source: str, task: Task) -> slice:
         documented = ast.get_docstring(function) is not None
         before = function.body[0].end_lineno if documented else function.body[0].lineno - 1
         return slice(before, function.end_lineno)
-    texts = {ast.get_source_segment(source, node) or "": node for node in statements}
-    (first,) = (node for text, node in texts.items() if text.startswith(task.first))
-    (last,) = (node for text, node in texts.items() if text.startswith(task.last))
-    return slice(first.lineno - 1, last.end_lineno)
+    texts = [(ast.get_source_segment(source, node) or "", node) for node in statements]
+    first = min(node.lineno for text, node in texts if text.startswith(task.first))
+    last = max(node.end_lineno or 0 for text, node in texts if text.startswith(task.last))
+    return slice(first - 1, last)
 
 
 def fill(source: str, task: Task, body: str) -> str:

@@ -8,7 +8,7 @@ Linux it is forked from one that has imported everything already; elsewhere it s
 import contextlib
 import copy
 import functools
-import importlib.util
+import importlib
 import math
 import multiprocessing
 import os
@@ -99,7 +99,7 @@ class Watcher:
             try:
                 outcome = function(*arguments, **options)
                 return outcome
-            except Exception as error:
+            except BaseException as error:
                 outcome = error
                 raise
             finally:
@@ -110,11 +110,10 @@ class Watcher:
 
 
 def load(name: str, path: Path) -> ModuleType:
-    """Import a file as the module `name`."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Import a copy of a script as the module `name`. It takes its data to be beside src/."""
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(SOURCES / path.name)
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))
     return module
 
 
@@ -128,7 +127,7 @@ def find(module: ModuleType, name: str) -> tuple[Any, Any]:
 
 def describe(value: Any) -> str:
     """Write a value in a line: numbers if they are few, else what it is."""
-    if isinstance(value, Exception):
+    if isinstance(value, BaseException):
         return f"raises {type(value).__name__}: {str(value).partition(chr(10))[0]}"
     if isinstance(value, tuple | list) and len(value) <= 9:
         inside = ", ".join(map(describe, value))
@@ -149,8 +148,10 @@ def difference(given: Any, wanted: Any) -> tuple[str, str] | None:
     if type(given) is not type(wanted) or callable(wanted):
         return texts
     if isinstance(wanted, tuple | list) and len(given) == len(wanted):
-        found = (difference(*pair) for pair in zip(given, wanted, strict=True))
-        return next((pair for pair in found if pair), None)
+        for n, pair in enumerate(zip(given, wanted, strict=True), start=1):
+            if found := difference(*pair):
+                return f"item {n}: {found[0]}", f"item {n}: {found[1]}"
+        return None
     if hasattr(wanted, "numel"):
         kinds = [f"{x.dtype} of shape {tuple(x.shape)}" for x in (given, wanted)]
         if kinds[0] != kinds[1]:
@@ -188,8 +189,9 @@ def outcome_of(function: Callable[..., Any], call: Call) -> object:
 
 def first_difference(case: Case, watcher: Watcher) -> Iterator[str]:
     """Yield what the function was called with, gave, and should have given, the first time."""
-    function, _ = find(load("reference", SOURCES / case.path.name), case.function)
-    for call in list(watcher.calls):
+    reference, calls = load("reference", SOURCES / case.path.name), list(watcher.calls)
+    for call in calls:
+        function, _ = find(reference, case.function)
         wanted = outcome_of(function, call)
         found = difference(call.outcome, wanted)
         if found and not difference(outcome_of(function, call), wanted):  # nothing random
@@ -264,6 +266,7 @@ def examine(case: Case, sender: Connection) -> None:
         lines = [f"the tests could not be run: pytest ended with {status}"]
     if watcher.printed:
         lines.append(f"printed {watcher.printed.strip()!r}")
+    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
     lines = [line for text in lines for line in textwrap.wrap(text, 96, max_lines=3)]
     sender.send((status == 0, lines[:14]))
 
