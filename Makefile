@@ -12,7 +12,7 @@ POETRY := .poetry/bin/python -m poetry
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
 
 help:
-	@echo 'make demo       set up, then run the four scripts'
+	@echo 'make demo       set up, then run the five scripts'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
 	@echo 'make lint       set up, then check style, format and types'
@@ -26,6 +26,7 @@ demo: $(VENV_READY)
 	$(POETRY) run src/fashion-mnist.py
 	$(POETRY) run src/attention.py
 	$(POETRY) run src/transformer.py
+	$(POETRY) run src/translation.py --restart
 
 test: $(VENV_READY)
 	$(POETRY) run pytest
@@ -43,6 +44,7 @@ bench: $(VENV_READY)
 	for file in benchmarks/*.py; do $(POETRY) run "$$file" || exit; done
 
 docs: demo
+	$(POETRY) run docs/diagrams.py
 	$(POETRY) run benchmarks/attention.py
 	cp runs/fashion-mnist/history.png docs/history.png
 	cp runs/fashion-mnist/confusion.png docs/confusion.png

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -156,11 +157,12 @@ def compare_training(
         torch.manual_seed(0)
         models.append(network().to(device))
     optimizers = [optimizer(model) for model in models]
+    schedule = ConstantLR(optimizers[1], 1.0)
     steps = math.ceil(len(labels) / batch_size)
     theirs, ours, products = in_turn(
         lambda: quickstart_epoch(models[0], loader, optimizers[0], device),
         lambda: fashion.train_epoch(
-            models[1], images, labels, optimizers[1], batch_size=batch_size
+            models[1], (images, labels), optimizers[1], schedule, batch_size
         ),
         lambda: matrix_products(models[0], batch_size, steps, device),
     )

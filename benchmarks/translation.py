@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 attention = importlib.import_module("attention")
+network = importlib.import_module("network")
+search = importlib.import_module("search")
 script = importlib.import_module("translation")
 
 ROUNDS = 3
-SETTINGS = replace(script.Settings(), dropout=0.0)  # PyTorch's has dropout in more places
+SETTINGS = replace(script.PRESETS["small"], dropout=0.0)  # PyTorch's has dropout in more places
 SENTENCES, WORDS = 300, (8, 28)  # and how many tokens one has
 DECODED = 64  # tokens
 BATCHES = (1, 8, 32)  # sentences to decode at once
@@ -118,8 +120,11 @@ def in_turn(*works: Callable[[], object]) -> tuple[list[float], list[list[object
 def compare(pairs: Pairs, device: str) -> nn.Module:
     """Measure an epoch of training, print a line, and return the network."""
     torch.manual_seed(0)
-    ours = script.PreNormTransformer(SETTINGS.vocab_size, SETTINGS).to(device)
+    ours = network.PreNormTransformer(SETTINGS.vocab_size, SETTINGS).to(device)
     works = []
+    sides = [ids for pair in pairs for ids in pair]
+    tokens = torch.tensor([i for ids in sides for i in ids], dtype=torch.int32, device=device)
+    corpus = script.Corpus(tokens, torch.tensor([0, *map(len, sides)]).cumsum(dim=0))
     for model in (PyTorchs(ours, SETTINGS), ours):
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.98), eps=1e-9, fused=True)
@@ -127,18 +132,20 @@ def compare(pairs: Pairs, device: str) -> nn.Module:
 
         def epoch(run: script.Run = run) -> float:
             run.progress.epoch = 0  # the same batches each time
-            script.train_epoch(run, run.model, pairs, [])
+            run.progress.batch = 0
+            for _ in script.train_epoch(run, run.model, corpus, []):
+                pass
             return run.progress.loss / run.progress.count
 
         works.append(epoch)
     (theirs, mine), losses = in_turn(*works)
     for a, b in losses:
         assert math.isclose(a, b, rel_tol=0.01), f"that is not the same work: {losses}"
-    batches = len(script.make_batches(pairs, SETTINGS.batch_tokens, Random("0 0")))
-    tokens = sum(len(source) + len(target) - 1 for source, target in pairs)
+    batches = run.progress.batch
+    count = sum(len(source) + len(target) - 1 for source, target in pairs)
     print(
         f"{batches:5} {1000 * theirs / batches:15.1f} {1000 * mine / batches:6.1f} "
-        f"{theirs / mine:6.2f} {tokens / mine:9,.0f}  {losses[-1][0]:.5f} and {losses[-1][1]:.5f}"
+        f"{theirs / mine:6.2f} {count / mine:9,.0f}  {losses[-1][0]:.5f} and {losses[-1][1]:.5f}"
     )
     return ours
 
@@ -149,8 +156,8 @@ def decode(model: nn.Module, B: int, device: str) -> None:
     S = (DECODED - 20) // 2  # for a target is at most twice as long, and 20 tokens
     source = torch.randint(3, SETTINGS.vocab_size, (B, S), device=device)
     (slow, fast), found = in_turn(
-        lambda: script.beam_search(model, source, beam=1, use_cache=False),
-        lambda: script.beam_search(model, source, beam=1),
+        lambda: search.beam_search(model, source, beam=1, use_cache=False),
+        lambda: search.beam_search(model, source, beam=1),
     )
     assert found[0][0] == found[0][1], "the cache changes what is decoded"
     assert {len(ids) for ids in found[0][1]} == {DECODED}

@@ -2,9 +2,8 @@
 """Attention(Q, K, V) = softmax(QKᵀ/√d_k)V, step by step, then with many heads, then trained.
 
 Run `poetry run src/attention.py`. It follows a sentence through the formula (Vaswani et al. 2017,
-"Attention Is All You Need", arXiv 1706.03762), shows what √d_k and masks do, and trains networks on
-a task that two heads can solve and one can't, all in about 20 s. Results go to runs/attention/.
-`--explain "a sentence"` only follows that sentence.
+arXiv 1706.03762), shows what √d_k and masks do, and trains networks on a task that two heads can do
+and one can't, in about 20 s. Results go to runs/attention/. `--explain "some words"` follows yours.
 """
 
 import argparse
@@ -110,7 +109,8 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Return the weights (B, H, T, S) with which `forward` mixes the values."""
-        return scaled_dot_product_attention(*self.split_heads(query, key, value, mask))[1]
+        weights = scaled_dot_product_attention(*self.split_heads(query, key, value, mask))[1]
+        return weights.expand(len(query), self.num_heads, -1, -1)  # a mask makes no more of them
 
     def split_heads(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None

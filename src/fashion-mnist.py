@@ -8,44 +8,31 @@ and fills runs/fashion-mnist/, all in about 30 s. Then `--predict photo.jpg` cla
 
 import argparse
 import contextlib
-import gzip
 import io
 import json
 import math
 import os
-import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
-RAW = ROOT / "data/FashionMNIST/raw"
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-SAMPLE = ROOT / "data/fashion-mnist-sample"
-OUT = ROOT / "runs/fashion-mnist"
+from clothes import CLASSES, SAMPLE, Split, find_data
+from photo import open_photo, prepare, show_image
+
+OUT = Path(__file__).resolve().parent.parent / "runs/fashion-mnist"
 SAMPLE_NOTE = " (one sixth of the data; go online or pass --data for all of it)"
-MOST_IMAGES = 1_000_000  # a file that announces more is broken
-PHOTO_SIDE = 224  # pixels, enough to cut out a garment
-SMALLEST = 0.004  # of a photo, that a garment covers
-Split = tuple[Tensor, Tensor]  # images (N, 28, 28) uint8, labels (N,) int64
 
 
 class Epoch(NamedTuple):
@@ -56,135 +43,6 @@ class Epoch(NamedTuple):
     validation_loss: float
     accuracy: float
     seconds: float
-
-
-def read_idx(path: Path, *size: int) -> Tensor:
-    """Read (N, *size) uint8 from `path`.gz or else `path`, and no more than the header announces.
-
-    Raises OSError if the file is truncated or invalid.
-    """
-    zipped = path.with_name(path.name + ".gz")
-    path = zipped if zipped.exists() else path
-    with path.open("rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if path == zipped else raw
-        try:
-            header = file.read(4 * (2 + len(size)))
-            count = int.from_bytes(header[4:8])
-            content = bytearray(file.read(min(count, MOST_IMAGES) * math.prod(size) + 1))
-        except (EOFError, OSError, zlib.error) as error:
-            raise OSError(f"{path} is broken: {error}") from error
-    expected = np.array((0x801 + len(size), count, *size), ">u4").tobytes()
-    if count < 1 or header != expected or len(content) != count * math.prod(size):
-        shape = ", ".join(map(str, ("N", *size)))
-        found = f"{len(header) + len(content)} bytes or more of something else"
-        raise OSError(f"{path} is broken: expected an IDX file of shape ({shape}), got {found}")
-    return torch.frombuffer(content, dtype=torch.uint8).view(count, *size)
-
-
-def load(folder: Path, train: bool) -> Split:
-    """Read the training or the test split. Raises OSError if its files are missing or broken."""
-    name = "train" if train else "t10k"
-    images = read_idx(folder / f"{name}-images-idx3-ubyte", 28, 28)
-    labels = read_idx(folder / f"{name}-labels-idx1-ubyte")
-    if len(images) != len(labels) or labels.max() >= len(CLASSES):
-        counts = f"{len(images)} images and {len(labels)} labels up to {labels.max()}"
-        raise OSError(f"{folder} is broken: {counts} for {name} don't fit")
-    return images, labels.long()
-
-
-def download(folder: Path, seconds: float = 30.0) -> None:
-    """Let torchvision fetch the data (30 MB) to `folder`, .../FashionMNIST/raw, or raise OSError.
-
-    It has no timeout, so it gets a process of its own.
-    """
-    code = "import sys, torchvision as t; t.datasets.FashionMNIST(sys.argv[1], download=True)"
-    command = [sys.executable, "-c", code, str(folder.parents[1])]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"download: not done after {seconds:.0f} s") from None
-    except subprocess.CalledProcessError as error:
-        raise OSError(f"download: {error.stderr.strip().splitlines()[-1]}") from None
-
-
-def find_data(given: Path | None = None) -> tuple[Path, Split, Split, list[str]]:
-    """Read the given folder, or else the first complete copy of the data.
-
-    Return its folder, both splits, and what is wrong with other copies; or raise OSError.
-    """
-    problems: list[str] = []
-    if given:
-        return given, load(given, train=True), load(given, train=False), problems
-    for folder in (RAW, DEBIAN):
-        try:
-            return folder, load(folder, train=True), load(folder, train=False), problems
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            problems.append(str(error))
-    try:
-        download(RAW)
-        return RAW, load(RAW, train=True), load(RAW, train=False), problems
-    except OSError as error:
-        problems.append(str(error))
-    return SAMPLE, load(SAMPLE, train=True), load(SAMPLE, train=False), problems
-
-
-def open_photo(path: Path) -> Image.Image:
-    """Read a photo: upright, RGB, on white if transparent, at most `PHOTO_SIDE` pixels a side."""
-    with Image.open(path) as file:
-        size = (4 * PHOTO_SIDE, 4 * PHOTO_SIDE)
-        file.thumbnail(size, Image.Resampling.NEAREST)  # makes no copy of the original's size
-        image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode in ("I", "F"):  # whose range may be anything
-        raise ValueError("32 bits per pixel and channel are too many; 16 are not")
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    scale = PHOTO_SIDE / max(image.size)
-    return image.resize((max(8, round(scale * image.width)), max(8, round(scale * image.height))))
-
-
-def prepare(photo: Image.Image) -> Tensor:
-    """Turn a photo of a garment into an image as in the data set: uint8 (28, 28), light on black.
-
-    GrabCut (Rother, Kolmogorov and Blake 2004) cuts out what differs from the border. Then, as in
-    section 2 of Xiao, Rasul and Vollgraf 2017, it is made negative and cropped, and its longer side
-    becomes 28 pixels. Raises ValueError if there is nothing but background.
-    """
-    pixels = cv2.bilateralFilter(np.asarray(photo), 5, 30, 3)  # removes noise, keeps edges
-    border = np.ones(pixels.shape[:2], dtype=bool)
-    edge = max(1, min(photo.size) // 20)
-    border[edge:-edge, edge:-edge] = False
-    small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
-    inside = np.pad(np.ones((28, 28), dtype=np.uint8), 2)
-    table = cv2.resize(cv2.inpaint(small, inside, 3, cv2.INPAINT_TELEA), photo.size)
-    off = cv2.absdiff(pixels, table)  # from what the border lets expect
-    differs = (off > 3 * (off[border].mean(axis=0) + 8)).any(axis=-1)
-    mask = np.where(differs, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    mask[border] = cv2.GC_BGD
-    if (mask == cv2.GC_PR_FGD).mean() > SMALLEST:
-        cv2.setRNGSeed(0)  # GrabCut draws at random; the same photo shall give the same image
-        colors = np.zeros((1, 65))  # GrabCut fills it
-        cv2.grabCut(pixels, mask, (0, 0, 1, 1), colors, colors.copy(), 5, cv2.GC_INIT_WITH_MASK)
-    _, parts, stats, _ = cv2.connectedComponentsWithStats((mask == cv2.GC_PR_FGD).astype(np.uint8))
-    areas = stats[:, cv2.CC_STAT_AREA]
-    areas[0] = 0  # the background
-    if areas.max() < SMALLEST * mask.size:
-        raise ValueError("nothing but background")
-    garment = (areas > areas.max() / 20)[parts]
-
-    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(float)
-    if np.median(gray[~garment]) > 60:  # on black, a photo is as light as the data set
-        gray = 255 - gray
-    gray *= 255 / max(1, np.percentile(gray[garment], 99))
-    image = Image.fromarray((gray * garment).clip(0, 255).astype(np.uint8))
-    tilt = (cv2.minAreaRect(cv2.findNonZero(garment.astype(np.uint8)))[2] + 45) % 90 - 45
-    if abs(tilt) <= 12:  # more may be its shape
-        image = image.rotate(tilt, Image.Resampling.BILINEAR, expand=True)
-    image = image.crop(image.point(lambda value: 255 * (value > 8)).getbbox())
-    return torch.from_numpy(np.array(ImageOps.pad(image, (28, 28), Image.Resampling.BOX)))
 
 
 class Classifier(nn.Module):
@@ -224,16 +82,13 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train_epoch(
-    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler | None = None, batch_size: int = 500,
-) -> float:  # fmt: skip
-    """Train on every image once, augmented and in random order; return the mean loss.
-
-    A batch has `batch_size` images or more.
-    """
+    model: nn.Module, split: Split, optimizer: Optimizer, schedule: LRScheduler, batch_size: int
+) -> float:
+    """Train on every image once, augmented and in random order; return the mean loss."""
+    images, labels = split
     model.train()
     order = torch.randperm(len(images)).to(images.device)
-    batches = order.tensor_split(max(1, len(order) // batch_size))
+    batches = order.tensor_split(max(1, len(order) // batch_size))  # of that size or more
     total = torch.zeros((), device=images.device)
     for batch in tqdm(batches, leave=False, disable=None):
         logits = model(augment(images.index_select(0, batch)))
@@ -241,8 +96,7 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if schedule:
-            schedule.step()
+        schedule.step()
         total += loss.detach() * len(batch)
     return total.item() / len(images)
 
@@ -296,7 +150,7 @@ def fit(
     )
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        loss = train_epoch(model, *train, optimizer, schedule, batch_size)
+        loss = train_epoch(model, train, optimizer, schedule, batch_size)
         validation_loss, accuracy = evaluate(model, *validation)
         if not math.isfinite(loss + validation_loss):
             raise FloatingPointError("the loss isn't finite; a smaller --learning-rate may help")
@@ -334,18 +188,9 @@ def draw_answers(images: Tensor, labels: Tensor, guesses: Tensor) -> Figure:
     panels = figure.subplots(4, 6, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
     for axes, image, label, guess in zip(panels.flat, images, labels, guesses, strict=False):
         axes.imshow(image.numpy(), cmap="gray")
-        color = "black" if guess == label else "firebrick"
-        axes.set_title(
-            f"predicted {CLASSES[guess]}\ntrue {CLASSES[label]}", fontsize=8, color=color
-        )
+        title = f"predicted {CLASSES[guess]}\ntrue {CLASSES[label]}"
+        axes.set_title(title, fontsize=8, color="black" if guess == label else "firebrick")
     return figure
-
-
-def show_image(image: Tensor) -> None:
-    """Print an image (28, 28), each character two pixels, in the 24 grays of a terminal."""
-    for rows in (232 + image.long() * 24 // 256).view(14, 2, 28).tolist():
-        pixels = (f"\x1b[38;5;{top};48;5;{bottom}m▀" for top, bottom in zip(*rows, strict=True))
-        print("".join(pixels) + "\x1b[0m")
 
 
 def printable(text: object) -> str:
@@ -393,18 +238,12 @@ def number(low: float, high: float) -> Callable[[str], float]:
 def load_model(path: Path) -> Classifier:
     """Read a saved network. Raises OSError if the file holds something else."""
     model = Classifier()
-    expected = {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
     try:
-        weights = safetensors.torch.load_file(path)
-        if {name: (x.shape, x.dtype) for name, x in weights.items()} != expected:
-            raise ValueError("its weights are those of another network")
-        if not all(x.isfinite().all() for x in weights.values()):
+        model.load_state_dict(safetensors.torch.load_file(path))
+        if not all(x.isfinite().all() for x in model.state_dict().values()):
             raise ValueError("some weights are not finite")
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise OSError(
-            f"{path}: not a model saved by this script; train one first: {error}"
-        ) from error
-    model.load_state_dict(weights)
+    except Exception as error:  # a broken file fails in many ways
+        raise OSError(f"{path}: not a model saved by this script; train one first") from error
     return model
 
 
@@ -419,9 +258,9 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
             status = 1
             continue
         show_image(image)
-        best = zip(*predict(model, image.unsqueeze(0)).softmax(dim=1)[0].topk(3), strict=True)
-        print(printable(photo), ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in best), sep=": ")
-    print(end="", flush=True)
+        best = predict(model, image.unsqueeze(0)).softmax(dim=1)[0].topk(3)
+        answer = ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in zip(*best, strict=True))
+        print(f"{printable(photo)}: {answer}", flush=True)
     return status
 
 
@@ -430,13 +269,12 @@ def report(model: nn.Module, rows: Sequence[Epoch], test: Split, out: Path) -> f
     images, labels = test
     logits = predict(model, images.to(next(model.parameters()).device)).cpu()
     guesses = logits.argmax(dim=1)
-    confusion = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
-    confusion.index_put_((labels, guesses), torch.tensor(1), accumulate=True)
+    pairs = (len(CLASSES) * labels + guesses).bincount(minlength=len(CLASSES) ** 2)
     hardest = F.cross_entropy(logits, labels, reduction="none").argsort(descending=True)
     mistakes = hardest[guesses[hardest] != labels[hardest]]
     figures = {
         "history": draw_history(rows),
-        "confusion": draw_confusion(confusion),
+        "confusion": draw_confusion(pairs.view(len(CLASSES), -1)),
         "answers": draw_answers(images, labels, guesses),
         "mistakes": draw_answers(images[mistakes], labels[mistakes], guesses[mistakes]),
     }
@@ -450,7 +288,7 @@ def report(model: nn.Module, rows: Sequence[Epoch], test: Split, out: Path) -> f
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, save and report, or classify photos; return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", write_through=False)
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -473,7 +311,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.predict:
             return print_photos(load_model(args.out / "model.safetensors"), args.predict)
-
         args.out.mkdir(parents=True, exist_ok=True)
         folder, train, test, problems = find_data(SAMPLE if args.sample else args.data)
         for problem in problems:

@@ -7,7 +7,6 @@ about 70 s. Results go to runs/transformer/, where `--read "12 mars 2021"` finds
 """
 
 import argparse
-import datetime
 import io
 import json
 import math
@@ -15,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,53 +21,20 @@ from random import Random
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from babel.dates import format_date, get_date_format
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from attention import MultiHeadAttention, causal_mask, draw_heads, padding_mask, positional_encoding
+from cache import cached
+from dates import Pair, evaluate, sample_dates, show_test, split_days
 
 OUT = Path(__file__).resolve().parent.parent / "runs/transformer"
 PAD, BOS, EOS, UNKNOWN = range(4)  # padding, beginning and end of a sequence, any other character
 MAX_LENGTH = 256  # tokens in a sequence, with its end
-LANGUAGES = (
-    "ar", "bg", "cs", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "hu",
-    "it", "ja", "ka", "ko", "nl", "pl", "pt", "ru", "sv", "th", "tr", "uk", "zh",
-)  # fmt: skip
-FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
-TEST_DAYS, VALIDATION_DAYS = 5000, 1000  # which training never sees, in any language
 BATCHES, BATCH_SIZE, WARMUP = 625, 64, 400  # in an epoch; dates; steps
 EXAMPLE = ("12 de octubre de 1968", "1968-10-12")  # to draw
-
-Pair = tuple[str, str]  # a date as people write it, and as ISO 8601 does
-
-
-def date_forms(language: str) -> list[str]:
-    """Return the medium, long and full pattern of Unicode's CLDR that have only one reading.
-
-    A date with slashes has two, for 1/2/1968 is two days, unless it begins with the year.
-    """
-    forms = [str(get_date_format(form, language).pattern) for form in ("medium", "long", "full")]
-    return [form for form in forms if form.startswith("y") or "/" not in form]
-
-
-def sample_dates(days: Sequence[int], random: Random) -> list[Pair]:
-    """Write each of the days, counted from FIRST_DAY, in a random language and form."""
-    forms = {language: date_forms(language) for language in LANGUAGES}
-    pairs = []
-    for day in days:
-        date, language = FIRST_DAY + datetime.timedelta(days=day), random.choice(LANGUAGES)
-        text = format_date(date, random.choice(forms[language]), language)
-        pairs.append((text, date.isoformat()))
-    return pairs
-
-
-def split_days() -> tuple[list[int], list[int], list[int]]:
-    """Return the days for training, validation and test; no day is in two of them."""
-    days, held_out = Random(0).sample(range(DAYS), DAYS), TEST_DAYS + VALIDATION_DAYS
-    return days[held_out:], days[TEST_DAYS:held_out], days[:TEST_DAYS]
 
 
 def make_vocabulary(pairs: Sequence[Pair]) -> dict[str, int]:
@@ -137,10 +102,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        """Return x (B, T, d_model) after the layer; the memory is (B, S, d_model).
-
-        The masks broadcast to (B, T, T) and (B, T, S).
-        """
+        """Return x (B, T, d_model) after the layer; masks broadcast to (B, T, T) and (B, T, S)."""
         x = self.norm1(x + self.dropout(self.self_attention(x, x, x, mask)))
         x = self.norm2(x + self.dropout(self.cross_attention(x, memory, memory, memory_mask)))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
@@ -209,28 +171,6 @@ class Transformer(nn.Module):
         return self.decode(target, self.encode(source), padding_mask(source, PAD))
 
 
-@contextmanager
-def cached(model: Transformer) -> Iterator[dict[nn.Module, Tensor]]:
-    """Let the decoder keep its keys and values, so that each step computes only the new ones.
-
-    W_k and W_v of each attention then return the rows (B, S, d_model) of all they were ever given,
-    though each call gives them only new ones. Yields these rows for each W.
-    """
-    rows: dict[nn.Module, Tensor] = {}
-
-    def append(W: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        rows[W] = torch.cat((rows[W], output), dim=1) if W in rows else output
-        return rows[W]  # what a forward hook returns takes the place of the output
-
-    heads = [module for module in model.decoder.modules() if isinstance(module, MultiHeadAttention)]
-    hooks = [W.register_forward_hook(append) for each in heads for W in (each.W_k, each.W_v)]
-    try:
-        yield rows
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.inference_mode()
 def generate(model: Transformer, source: Tensor, limit: int = 20) -> list[list[int]]:
     """Generate a target for each source (B, S): again and again the likeliest next token.
@@ -263,7 +203,8 @@ def train(
     The loss is the mean with smoothed labels, in nats per token; the accuracy is the share of the
     validation dates read exactly. Raises FloatingPointError if the loss is not finite.
     """
-    (days, validation_days, _), d_model = split_days(), model.embedding.embedding_dim
+    days, validation_days, _ = split_days()
+    d_model = model.embedding.embedding_dim
     validation = sample_dates(validation_days, Random(1))
     optimizer = torch.optim.Adam(model.parameters(), 1.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
     schedule = LambdaLR(  # which also falls to 0 at the end
@@ -304,11 +245,6 @@ def read(model: Transformer, vocabulary: dict[str, int], texts: Sequence[str]) -
     return found
 
 
-def evaluate(pairs: Sequence[Pair], found: Sequence[str]) -> float:
-    """Return the share of dates that were read exactly."""
-    return sum(iso == each for (_, iso), each in zip(pairs, found, strict=True)) / len(pairs)
-
-
 @torch.inference_mode()
 def draw_attention(model: Transformer, vocabulary: dict[str, int], pair: Pair) -> bytes:
     """Draw where each head of the last layer looks in a text to predict its date: a PNG."""
@@ -320,14 +256,6 @@ def draw_attention(model: Transformer, vocabulary: dict[str, int], pair: Pair) -
     model(source, target[:, :-1])
     hook.remove()
     return draw_heads(kept[0][0], [*pair[1], "∎"], [*pair[0], "∎"])
-
-
-def show_test(pairs: Sequence[Pair], found: Sequence[str]) -> None:
-    """Print how many dates were read exactly, and examples, mistakes first."""
-    print(f"\nTest: {evaluate(pairs, found):.2%} of {len(pairs):,} dates exactly\n")
-    rows = sorted(zip(pairs, found, strict=True), key=lambda row: row[0][1] == row[1])
-    for (text, iso), guess in rows[:12]:
-        print(f"{guess}  {'' if guess == iso else f'not {iso}':14}  {text}")
 
 
 def write(path: Path, content: bytes) -> None:

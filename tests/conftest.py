@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import gzip
 import os
 import runpy
 import signal
@@ -8,13 +9,81 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import clothes
+from corpus import Corpus, make_tokenizer
+from network import PreNormTransformer, Settings
+from transformer import PAD, Sizes, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+SMALL = Settings(
+    d_model=16, num_heads=2, num_layers=1, d_ff=32, dropout=0.0, batch_tokens=200, warmup=20,
+    epochs=2,
+)  # fmt: skip
+SENTENCES = [
+    ("ein hund läuft im schnee .", "a dog runs in the snow ."),
+    ("zwei kinder spielen im garten .", "two children play in the garden ."),
+    ("eine frau liest ein buch .", "a woman reads a book ."),
+    ("ein mann mit hut fährt rad .", "a man with a hat rides a bike ."),
+]
+
+
+def make(num_layers=2, dropout=0.0, norm_first=True):
+    """Make a network in float64, the same every time, with no parameter at 0 or 1."""
+    torch.manual_seed(0)
+    network = PreNormTransformer if norm_first else Transformer
+    model = network(20, Sizes(16, 2, num_layers, 24, dropout))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model.double()
+
+
+def draw(lengths, vocab_size=20):
+    """Draw tokens (B, T) of these lengths, with padding after the end."""
+    rows = [torch.randint(3, vocab_size, (n,)) for n in lengths]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def corpus_of(pairs):
+    """Make a corpus of pairs of token lists."""
+    sides = [ids for pair in pairs for ids in pair]
+    tokens = torch.tensor([token for ids in sides for token in ids], dtype=torch.int32)
+    return Corpus(tokens, torch.tensor([0, *map(len, sides)]).cumsum(dim=0))
+
+
+def save_text(folder, splits):
+    """Write splits of pairs as parallel text in German and English."""
+    for split, pairs in splits.items():
+        for language, lines in zip(("de", "en"), zip(*pairs, strict=True), strict=True):
+            content = "".join(f"{line}\n" for line in lines).encode()
+            (folder / f"{split}.{language}").write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer for SENTENCES."""
+    return make_tokenizer((text for pair in SENTENCES for text in pair), 320)
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """A data set of a few sentences, over and over; some files are gzipped."""
+    folder = tmp_path / "some text"
+    folder.mkdir()
+    save_text(folder, {"train": SENTENCES * 30, "val": SENTENCES[:2]})
+    save_text(folder, {"test2016": SENTENCES[2:], "test.more": SENTENCES})
+    for path in folder.glob("train.*"):
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    return folder
 
 
 class Done(NamedTuple):
@@ -31,6 +100,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Pack bytes in the IDX format."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(scope="session")
+def sample() -> clothes.Split:
+    """The training split of the sample."""
+    return clothes.load(clothes.SAMPLE, train=True)
+
+
+@pytest.fixture(scope="session")
+def files(sample: clothes.Split) -> dict[str, bytes]:
+    """The files of a data set of 1,200 and 300 images, two of them not gzipped."""
+    images, labels = (tensor.numpy() for tensor in sample)
+    found = {}
+    for name, part in (("train", slice(1200)), ("t10k", slice(1200, 1500))):
+        found[f"{name}-images-idx3-ubyte.gz"] = gzip.compress(idx(images[part]))
+        found[f"{name}-labels-idx1-ubyte"] = idx(labels[part])
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, files: dict[str, bytes]) -> Path:
+    """A folder with these files."""
+    folder = tmp_path / "small data"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 @pytest.fixture

@@ -383,6 +383,16 @@ def test_inputs_and_masks_of_other_shapes_are_refused(method):
         getattr(A.MultiHeadAttention(0, 1), method)(*[x[..., :0]] * 3)
 
 
+@pytest.mark.parametrize("method", ["forward", "weights"])
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_a_mask_for_more_sentences_or_heads_is_refused(method, num_heads):
+    attend = getattr(A.MultiHeadAttention(8, num_heads), method)
+    x = torch.zeros(1, 3, 8)  # which would broadcast to as many as the mask has
+    for shape in ((2, 3, 3), (2, 1, 3, 3), (1, 3, 3, 3), (1, 1, 1, 3, 3), (2, 1, 1, 3, 3)):
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            attend(x, x, x, torch.ones(shape, dtype=torch.bool))
+
+
 def test_words_in_another_order_give_the_same_outputs_in_that_order():
     torch.manual_seed(0)
     heads = A.MultiHeadAttention(6, 2).double()

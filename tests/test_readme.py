@@ -134,8 +134,9 @@ def test_fashion_mnist_prints_lines_of_the_readmes_kind(capsys, tmp_path):
 def test_transformer_prints_lines_of_the_readmes_kind(capsys, tmp_path, monkeypatch):
     table = next(b for b in blocks(chapter_of("transformer.py"), "") if "epoch  training" in b)
     transformer = importlib.import_module("transformer")
-    for name, value in (("BATCHES", 2), ("TEST_DAYS", 52), ("VALIDATION_DAYS", 10)):
-        monkeypatch.setattr(transformer, name, value)
+    monkeypatch.setattr(transformer, "BATCHES", 2)
+    monkeypatch.setattr("dates.TEST_DAYS", 52)
+    monkeypatch.setattr("dates.VALIDATION_DAYS", 10)
     transformer.main(["--device", "cpu", "--out", str(tmp_path), "--epochs", "1"])
     printed = {skeleton(line) for line in capsys.readouterr().out.splitlines()}
     wanted = table.partition("Test: ")[0].splitlines()

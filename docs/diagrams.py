@@ -1,0 +1,493 @@
+#!/usr/bin/env python3
+"""Draw the diagrams of the course: SVG files beside this one, or in another folder.
+
+    make docs
+
+Every number in them is computed, by the scripts of the course or in plain sight. Queries and the
+encoder are blue, keys and the decoder orange, values green.
+"""
+
+import argparse
+import importlib
+import io
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drawing import COLORS, WIDTH, Drawing, Point, column, number, scale
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+attention = importlib.import_module("attention")
+clothes = importlib.import_module("clothes")
+fashion = importlib.import_module("fashion-mnist")
+transformer = importlib.import_module("transformer")
+
+MIDDLE = WIDTH // 2
+TEXT, ISO = "12 mars 2021", "2021-03-12"  # a date to read, and what the network writes
+PEOPLE = {"Zhang": "Aston", "Lipton": "Zachary", "Li": "Mu", "Smola": "Alex"}  # as in d2l.ai
+FIRST = {"a": 0.5, "the": 0.4, "one": 0.1}  # probabilities of a first word, and of a second
+SECOND = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
+
+
+def valley() -> Drawing:
+    """Draw two steps of gradient descent, for one point with x = 1 and y = 3."""
+    d = Drawing("The valley of a loss, and a step downhill from either side", 560)
+    rate, X, Y = 0.2, scale(0, 6, 50, 830), scale(0, 9, 380, 30)
+
+    def loss(w: Tensor) -> Tensor:
+        return (w * 1 - 3) ** 2
+
+    def at(w: Tensor) -> Point:
+        return X(w.item()), Y(loss(w).item())
+
+    d.line((X(0), 380), (X(6), 380))
+    for w in range(7):
+        d.text(X(w), 402, str(w), "soft")
+    d.text(858, 380, "w")
+    d.line(*(at(w) for w in torch.arange(61, dtype=torch.float64) / 10), style="thick")
+    d.text(MIDDLE, 60, "the loss L = (w − 3)²", "bold")
+    d.text(MIDDLE, 100, f"w ← w − η · slope,  η = {rate}")
+    for start, center, side, color in ((1.0, 235, "right", "blue"), (4.0, 645, "left", "orange")):
+        before = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        slope = torch.autograd.grad(loss(before), before)[0].item()
+        after = before - rate * slope
+        tangent = ((X(start + t), Y(loss(before).item() + slope * t)) for t in (-0.5, 0.7))
+        d.line(*tangent, style=f"{color} dashed")
+        for x, y in (at(before), at(after)):
+            d.line((x, y), (x, 380), style=f"{color} dashed")
+            d.dot(x, y, color)
+        d.arrow((X(start), 380), (X(after.item()), 380), style=f"{color} thick")
+        factor = number(slope, "g") if slope > 0 else f"({number(slope, 'g')})"
+        d.text(center, 470, f"slope {number(slope, 'g')}", f"{color} bold")
+        d.text(center, 502, f"w ← {start:g} − {rate} · {factor} = {after.item():g}")
+        d.text(center, 534, f"a step to the {side}, downhill")
+    return d
+
+
+def gelu() -> Drawing:
+    """Draw GELU beside ReLU."""
+    d = Drawing("GELU beside ReLU", 440)
+    X, Y = scale(-4, 4, 50, 830), scale(0, 4, 340, 30)
+    d.line((X(-4), Y(0)), (X(4), Y(0)))
+    d.line((X(0), Y(4)), (X(0), 375))
+    for n in range(-4, 5):
+        d.text(X(n), 398, number(n, "g"), "soft")
+    for n in range(1, 5):
+        d.text(X(0) - 16, Y(n), str(n), "soft end")
+    x = torch.arange(-80, 81, dtype=torch.float64) / 20  # not linspace, which rounds by machine
+    for function, style in ((F.relu, "orange thick dashed"), (F.gelu, "blue thick")):
+        points = torch.stack((x, function(x)), dim=1).tolist()
+        d.line(*((X(a), Y(b)) for a, b in points), style=style)
+    d.text(X(2.6), Y(3.3), "ReLU: max(0, x)", "orange bold end")
+    d.text(X(1.55), Y(1.15), "GELU: x · Φ(x)", "blue bold start")
+    d.text(X(1.55), Y(0.63), "Φ(x): area under the\nnormal curve left of x", "soft start")
+    lowest, at = min((b, a) for a, b in points)  # of GELU, which was drawn last
+    d.dot(X(at), Y(lowest), "blue")
+    d.text(X(-2.1), Y(0.75), f"lowest: {number(lowest)} at {number(at)}", "blue")
+    d.arrow((X(-1.5), Y(0.6)), (X(at) - 8, Y(lowest) - 9), style="blue")
+    return d
+
+
+def feed_forward() -> Drawing:
+    """Draw the network of fashion-mnist.py."""
+    d = Drawing("The network of fashion-mnist.py, from an image to ten logits", 502)
+    layers = [layer for layer in fashion.Classifier().layers if isinstance(layer, nn.Linear)]
+    sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    images, labels = clothes.load(clothes.SAMPLE, train=False)
+    d.cells(20, 120, 5, 5, images[0] / 255, "ink")
+    d.grid(20, 120, 140, 1, 1)
+    d.text(90, 296, "image\n28 × 28")
+    d.arrow((168, 190), (210, 190))
+    xs, heights = (225, 390, 555, 690), [300 * size / sizes[0] for size in sizes[:-1]] + [280]
+    for (left, right), (h0, h1) in zip(pairwise(xs), pairwise(heights), strict=True):
+        x0, x1 = left + 8, right - 8
+        corners = (x0, 190 - h0 / 2), (x1, 190 - h1 / 2), (x1, 190 + h1 / 2), (x0, 190 + h0 / 2)
+        d.line(*corners, style="blue area", close="Z")
+        d.text((left + right) / 2, 190, "Linear", "mono")
+    for x, h, size in zip(xs[:-1], heights[:-1], sizes[:-1], strict=True):
+        d.box(x, 190, 16, h, "", "blue tint")
+        d.text(x, 172 - h / 2, str(size), "bold")
+    for x in xs[1:-1]:
+        d.text(x, 346, "BatchNorm1d\nGELU", "mono green")
+    d.text(690, 22, f"{sizes[-1]} logits", "bold")
+    for n, name in enumerate(clothes.CLASSES):
+        d.dot(690, 64 + 28 * n, "orange" if n == labels[0] else "blue")
+        d.text(708, 64 + 28 * n, name, "start orange bold" if n == labels[0] else "start")
+    for y, part, color, does in (
+        (406, "Linear", "blue", "each output is a weighted sum of all inputs"),
+        (440, "BatchNorm1d", "green", "brings each number to mean 0, variance 1 over the batch"),
+        (474, "GELU", "green", "bends; without it, stacked layers collapse into one"),
+    ):
+        d.text(20, y, part, f"mono start {color}")
+        d.text(185, y, does, "start")
+    return d
+
+
+def first_letters(a: str, b: str) -> int:
+    """Count the letters with which both begin."""
+    return next((n for n, (c, e) in enumerate(zip(a, b, strict=False)) if c != e), len(a))
+
+
+def lookup() -> Drawing:
+    """Draw how a first name is found by a last name: by the same key, or by all that fit."""
+    d = Drawing("A hard lookup takes the value of one key; a soft one mixes all values", 552)
+    hard = torch.tensor([float(key == "Li") for key in PEOPLE])
+    soft = torch.tensor([float(first_letters(key, "Lin")) for key in PEOPLE]).softmax(dim=0)
+    for x, kind, query, weights in ((20, "hard", "Li", hard), (460, "soft", "Lin", soft)):
+        d.text(x + 200, 26, f"{kind} lookup", "bold")
+        d.text(x + 55, 70, "query")
+        d.box(x + 55, 106, 110, 40, query, "blue tint")
+        d.arrow((x + 55, 128), (x + 55, 178))
+        d.text(x + 95, 158, "key")
+        d.text(x + 200, 158, "weight")
+        d.text(x + 345, 158, "value")
+        d.arrow((x + 345, 372), (x + 345, 400))
+        for n, (key, value) in enumerate(PEOPLE.items()):
+            y, weight = 200 + 50 * n, weights[n].item()
+            d.box(x + 55, y, 110, 40, key, "orange tint")
+            d.text(x + 175, y, f"{weight:.2f}" if kind == "soft" else f"{weight:g}", "end")
+            if weight:
+                d.line((x + 186, y), (x + 186 + 98 * weight, y), style="soft bar")
+            d.box(x + 345, y, 110, 40, value, "green tint" if weight else "green tint dashed")
+    d.text(365, 418, PEOPLE["Li"], "green bold")
+    a, b, c, e = (f"{w:.2f} {name}" for w, name in zip(soft, PEOPLE.values(), strict=True))
+    d.text(690, 432, f"{a} + {b} +\n{c} + {e}", "green bold")
+    d.text(
+        MIDDLE, 496, "Soft weights are the softmax of a score: here, how many first letters agree."
+    )
+    d.text(MIDDLE, 524, "In attention, all are vectors, and the score is q · k / √d_k.")
+    return d
+
+
+def printed_walk() -> dict[str, list[list[float]]]:
+    """Return the matrices that attention.py prints for its sentence, each by its formula."""
+    with redirect_stdout(io.StringIO()) as printed:
+        attention.main(["--device", "cpu", "--explain", attention.SENTENCE])
+    matrices = {}
+    for block in printed.getvalue().strip().split("\n\n"):
+        heading, _, _, *rows = block.splitlines()
+        fields = [[field for field in row.split()[1:] if field[-1].isdigit()] for row in rows]
+        matrices[heading.split("   ")[0]] = [[float(field) for field in row] for row in fields]
+    return matrices
+
+
+def one_word() -> Drawing:
+    """Draw the row of *cat*, from its scores to the mixture of the values."""
+    d = Drawing("The row of cat: scores, exponentials, weights, and the mixture of values", 450)
+    walk, words = printed_walk(), attention.SENTENCE.split()
+    scores, weights = walk["QKᵀ/√d_k"][1], walk["softmax(QKᵀ/√d_k)"][1]
+    exponentials = [round(math.exp(score), 2) for score in scores]  # as one does by hand
+    xs, right, total = [250 + 106 * n for n in range(5)], 814, sum(exponentials)
+    for x, word in zip(xs, words, strict=True):
+        d.text(x, 24, word, "bold")
+    for y, name, numbers, style in (
+        (74, "score of cat", scores, "orange tint"),
+        (146, "e to the score", exponentials, "soft tint"),
+        (218, f"divided by {total:.2f}", weights, "blue tint"),
+    ):
+        d.text(190, y, name, "end")
+        for x, each in zip(xs, numbers, strict=True):
+            d.arrow((x, y + 19), (x, y + 53))
+            d.box(x, y, 88, 38, number(each), style)
+    d.text(right, 146, f"sum {total:.2f}")
+    d.text(right, 218, f"sum {sum(weights):.2f}")
+    d.text(190, 336, "times value", "end")
+    for x, value in zip(xs, walk["V = x W_v"], strict=True):
+        d.box(x, 336, 88, 128, column(value), "green tint")
+        if x < xs[-1]:
+            d.text(x + 53, 336, "+")
+    d.text((xs[-1] + right) / 2 + 1, 336, "=")
+    d.box(right, 336, 88, 128, column(walk["softmax(QKᵀ/√d_k)V"][1]), "green tint thick")
+    d.text(860, 424, "what cat gets", "end")
+    return d
+
+
+def split_heads() -> Drawing:
+    """Draw the way from (B, T, d_model) to (B, H, T, d_k) and back."""
+    d = Drawing("Splitting into heads and back", 532)
+    T, H, d_k, size, middle = 4, 4, 2, 22, 268
+    for x, shape in ((118, "(B, T, d_model)"), (440, "(B, H, T, d_k)"), (762, "(B, T, d_model)")):
+        d.text(x, 26, shape, "mono")
+    d.text(118, 196, "Q, K or V")
+    d.text(762, 196, "then W_o")
+    for head, color in zip(range(H), COLORS, strict=True):
+        y, first = 112 + 104 * head, head * d_k * size
+        for left, center in ((30 + first, middle), (335, y), (501, y), (674 + first, middle)):
+            d.cells(left, center - 44, size, size, torch.full((T, d_k), 0.5), color)
+            d.grid(left, center - 44, size, T, d_k)
+        d.arrow((215, middle), (326, y))
+        d.arrow((388, y), (492, y))
+        d.text(440, y - 20, f"head {head + 1}", color)
+        d.line((554, y), (632, middle))
+    d.arrow((632, middle), (665, middle))
+    d.text(20, 506, ".unflatten(-1, (H, d_k)).transpose(1, 2)", "mono start")
+    d.text(860, 506, ".transpose(1, 2).flatten(2)", "mono end")
+    return d
+
+
+def positions() -> Drawing:
+    """Draw the pattern of sines and cosines, and how alike positions are."""
+    d = Drawing("Positional encoding, and the dot products between positions", 514)
+    T, d_model, side = 60, 32, 360
+    pattern = attention.positional_encoding(T, d_model)
+    products = pattern @ pattern.T / (d_model / 2)  # 1 with itself
+    d.text(250, 26, f"positional_encoding({T}, {d_model})", "mono")
+    d.text(680, 26, f"dot products, divided by {d_model // 2}")
+    for x, numbers, across in ((70, pattern, "dimension"), (500, products, "position")):
+        rows, columns = numbers.shape
+        d.cells(x, 58, side / columns, side / rows, numbers, "blue", "orange")
+        d.grid(x, 58, side, 1, 1)
+        for y, name in ((66, "0"), (410, f"{rows - 1}")):
+            d.text(x - 10, y, name, "soft end")
+        for at, name in ((x + 8, "0"), (x + side - 12, f"{columns - 1}")):
+            d.text(at, 440, name, "soft")
+        d.text(x + side / 2, 440, across)
+    d.text(36, 238, "position", turn=-90)
+    d.cells(304, 480, 16, 16, torch.linspace(-1, 1, 17).unsqueeze(0), "blue", "orange")
+    d.text(285, 488, number(-1, "g"), "soft")
+    d.text(592, 488, "1", "soft")
+    return d
+
+
+def masks() -> Drawing:
+    """Draw no mask, a causal one, a padding mask, and both."""
+    d = Drawing("No mask, a causal mask, a padding mask, and both", 344)
+    T, size = 5, 34
+    causal = attention.causal_mask(T)
+    padding = attention.padding_mask(torch.tensor([[7, 7, 7, 0, 0]]), pad=0)[0].expand(T, T)
+    for x, name, mask in (
+        (46, "none", torch.ones(T, T)),
+        (260, "causal", causal),
+        (474, "padding", padding),
+        (688, "both", causal & padding),
+    ):
+        d.text(x + T * size / 2, 24, name, "bold")
+        for n in range(T):
+            d.text(x + size * (n + 0.5), 62, str(n + 1), "orange")
+            d.text(x - 16, 79 + size * (n + 0.5), str(n + 1), "blue")
+        d.cells(x, 79, size, size, mask * 0.5, "ink")
+        d.grid(x, 79, size, T, T)
+    d.text(MIDDLE, 286, "A filled cell: the query (row) may attend to the key (column).")
+    d.text(MIDDLE, 314, "Tokens 4 and 5 are padding.")
+    return d
+
+
+def sublayer(d: Drawing, x: int, bottom: int, name: str, note: str, norm: str, side: int) -> None:
+    """Draw LayerNorm(x + sublayer(x)) up to bottom - 196; x + goes by on one side, -1 or 1."""
+    plus = bottom - 124
+    d.line((x, bottom), (x, bottom - 196))
+    d.arrow((x, bottom), (x, bottom - 29))
+    by = x + 150 * side
+    d.arrow((x, bottom - 12), (by, bottom - 12), (by, plus), (x + 14 * side, plus))
+    d.arrow((x, bottom - 96), (x, plus + 13))
+    d.box(x, bottom - 62, 250, 64, "", "blue tint" if side < 0 else "orange tint")
+    d.text(x, bottom - 76, name, "mono")
+    d.text(x, bottom - 48, note, "soft")
+    d.dot(x, plus, "soft", 14)
+    d.dot(x, plus, "paper", 12)
+    d.text(x, plus, "+")
+    d.box(x, bottom - 168, 250, 38, norm, "soft tint mono")
+
+
+def network() -> Drawing:
+    """Draw the encoder and the decoder of the paper, with the names of transformer.py."""
+    d = Drawing("The Transformer: encoder and decoder, each sublayer with residual and norm", 1036)
+    left, right = 215, 665
+    d.box(203, 637, 330, 404, "", "soft dashed")
+    d.box(677, 539, 330, 600, "", "soft dashed")
+    for x in (left, right):
+        d.arrow((x, 964), (x, 941))
+        d.box(x, 905, 290, 68, "embedding · √d_model\n+ positions", "green tint")
+        d.line((x, 871), (x, 842))
+    sublayer(d, left, 842, "self_attention", "padding mask", "norm1", -1)
+    sublayer(d, left, 646, "feed_forward", "each position alone", "norm2", -1)
+    sublayer(d, right, 842, "self_attention", "causal mask", "norm1", 1)
+    sublayer(d, right, 646, "cross_attention", "to the memory", "norm2", 1)
+    sublayer(d, right, 450, "feed_forward", "each position alone", "norm3", 1)
+    d.arrow((left, 450), (left, 400), (440, 400), (440, 584), (538, 584), style="blue")
+    d.text(330, 378, "memory", "blue bold")
+    d.text(476, 562, "K, V", "blue")
+    d.text(52, 390, "EncoderLayer\n× num_layers", "mono start")
+    d.arrow((right, 254), (right, 166))
+    d.text(690, 206, "DecoderLayer\n× num_layers", "mono start")
+    d.box(right, 142, 250, 44, "to_logits", "soft tint mono")
+    d.arrow((right, 120), (right, 80))
+    d.text(right, 56, f"{' '.join(ISO[:5])} …", "bold")
+    d.text(right, 26, "the next tokens", "soft")
+    d.text(left, 984, TEXT, "bold")
+    d.text(left, 1014, "source", "soft")
+    d.text(right, 984, f"<s> {' '.join(ISO[:4])} …", "bold")
+    d.text(right, 1014, "target so far", "soft")
+    d.text(left, 100, "+ adds what went in\n(the residual connection)", "soft")
+    d.text(left, 184, "norm brings it to\nmean 0, variance 1", "soft")
+    return d
+
+
+def teacher_forcing() -> Drawing:
+    """Draw how the decoder gets the target, and is to predict the same shifted by one."""
+    d = Drawing("Teacher forcing: the labels are the target shifted by one", 442)
+    target, xs = ["<s>", *ISO[:5]], [330 + 112 * n for n in range(5)]
+    d.text(20, 50, "labels", "start")
+    d.text(20, 80, "target[:, 1:]", "mono start")
+    d.text(20, 330, "input", "start")
+    d.text(20, 360, "target[:, :-1]", "mono start")
+    for x0, x1 in pairwise(xs):
+        d.line((x0, 84), (x1, 324), style="soft dashed")
+    d.box(110, 205, 180, 64, "memory\nof the source", "blue tint")
+    d.arrow((200, 205), (262, 205))
+    seen = "each position sees itself and those before"
+    d.box(554, 205, 580, 64, f"decoder\n{seen}", "orange tint")
+    for x, (before, after) in zip(xs, pairwise(target), strict=True):
+        d.arrow((x, 324), (x, 239))
+        d.arrow((x, 172), (x, 90))
+        d.box(x, 345, 64, 42, before)
+        d.box(x, 65, 64, 42, after, "green tint")
+    d.text(854, 65, "…")
+    d.text(854, 345, "…")
+    d.text(MIDDLE, 412, "Each label is the next input: a dashed line joins the same token.")
+    return d
+
+
+def writing() -> Drawing:
+    """Draw what goes in and comes out at each step, with cached keys and values."""
+    d = Drawing("Writing token by token, with a cache", 604)
+    d.text(62, 26, "cached, then the new token", "bold start")
+    d.text(780, 26, "comes out", "bold")
+    for x in (90, 780):
+        d.text(x, 428, "⋮")
+    steps = [(n + 1, 80 + 92 * n, ["<s>", *ISO[:n]], ISO[n]) for n in range(4)]
+    steps.append((len(ISO) + 1, 480, ["<s>", *ISO[:2], "…", *ISO[-2:]], "end"))
+    for step, y, tokens, output in steps:
+        x = 90 + 68 * (len(tokens) - 1)
+        for n, token in enumerate(tokens[:-1]):
+            d.box(90 + 68 * n, y, 56, 42, token, "soft dashed")
+        d.text(28, y, str(step), "soft")
+        d.box(x, y, 56, 42, tokens[-1], "green tint")
+        d.arrow((x + 30, y), (516, y))
+        d.box(590, y, 144, 46, "decoder", "orange tint")
+        d.arrow((664, y), (748, y))
+        d.box(780, y, 60, 42, output, "green tint")
+        if step < 4:
+            back = (780, y + 22), (780, y + 46), (x + 68, y + 46), (x + 68, y + 69)
+            d.arrow(*back, style="green dashed")
+    kept = "Only the new token is computed; keys and values of the others are kept"
+    d.text(MIDDLE, 556, f"{kept},\nas are those of the memory from step 1 on.")
+    return d
+
+
+def beam() -> Drawing:
+    """Draw a beam of two over two steps, as a tree."""
+    d = Drawing("A beam of two over two steps, as a tree", 546)
+    sums = {
+        (a, b): math.log(FIRST[a]) + math.log(p)
+        for a, row in SECOND.items()
+        for b, p in row.items()
+    }
+    best, runner_up = sorted(sums, key=sums.__getitem__, reverse=True)[:2]
+    places = {"a": 126, "the": 306, "one": 426}
+    d.text(290, 24, "log P, step 1")
+    d.text(590, 24, "log P, step 2")
+    d.text(780, 24, "sum")
+    d.box(55, 246, 64, 42, "<s>")
+    for word, y in places.items():
+        d.arrow((90, 246), (206, y))
+        style = "green tint" if word in SECOND else "soft dashed"
+        d.box(290, y, 160, 42, f"{word}  {number(math.log(FIRST[word]))}", style)
+    for y, (a, b) in zip((66, 126, 186, 276, 336), sums, strict=True):
+        kept = (a, b) in (best, runner_up)
+        d.arrow((372, places[a]), (496, y))
+        style = "green tint" if kept else "soft dashed"
+        d.box(590, y, 180, 42, f"{b}  {number(math.log(SECOND[a][b]))}", style)
+        d.text(780, y, number(sums[a, b]), "green bold" if kept else "soft")
+    first = max(FIRST, key=FIRST.__getitem__)
+    greedy = max(SECOND[first], key=SECOND[first].__getitem__)
+    d.text(MIDDLE, 486, "At each step, the two largest sums are kept. Greedy search keeps one:")
+    found, missed = f"“{first} {greedy}”", f"“{' '.join(best)}”"
+    d.text(MIDDLE, 514, f"it ends with {found} and misses {missed}, which is likelier.")
+    return d
+
+
+def learning_rate() -> Drawing:
+    """Draw the schedule of the paper, and the one that falls to 0."""
+    d = Drawing("The learning rate of each step", 460)
+    steps, warmup = 3 * transformer.BATCHES, transformer.WARMUP  # three epochs, as by default
+    d_model = transformer.Sizes().d_model
+    paper = [transformer.learning_rate(n, d_model, warmup) for n in range(1, steps + 1)]
+    ours = [rate * (1 - n / steps) for n, rate in enumerate(paper)]
+    X, Y = scale(0, steps, 90, 850), scale(0, 0.007, 360, 30)
+    d.line((X(0), Y(0)), (X(steps), Y(0)))
+    d.line((X(0), Y(0)), (X(0), Y(0.007)))
+    for n in (0, warmup, 1000, 1500, steps):
+        d.text(X(n), 386, str(n), "soft")
+    for rate in (0, 0.002, 0.004, 0.006):
+        d.text(78, Y(rate), f"{rate:g}", "soft end")
+    d.line((X(warmup), 360), (X(warmup), Y(max(paper))), style="soft dashed")
+    for rates, style in ((paper, "orange thick dashed"), (ours, "blue thick")):
+        d.line(*((X(n + 1), Y(rates[n])) for n in (*range(0, steps, 25), steps - 1)), style=style)
+    d.text(X(700), Y(0.0064), f"the paper's, highest at step {warmup}", "orange start")
+    remaining = "transformer.py's: times the share of\nthe steps that remain"
+    d.text(X(700), Y(0.0055), remaining, "blue start")
+    d.text(X(steps / 2), 424, "step")
+    return d
+
+
+def processes() -> Drawing:
+    """Draw what each of two processes does in a step."""
+    d = Drawing("What each process does in a step", 556)
+    d.box(MIDDLE, 45, 780, 48, "a batch")
+    d.box(MIDDLE, 377, 780, 48, "all-reduce: the gradient of the whole batch", "orange tint")
+    for rank, x in enumerate((235, 645)):
+        for y in (128, 211, 294, 377, 460):
+            d.arrow((x, y - 58), (x, y - 26))
+        d.box(x, 128, 370, 48, f"process {rank}: batch[{rank}::2]", "blue tint mono")
+        d.box(x, 211, 370, 48, "forward: the loss of its share", "blue tint")
+        d.box(x, 294, 370, 48, "backward: its gradient", "blue tint")
+        d.box(x, 460, 370, 48, "optimizer.step()", "blue tint mono")
+    d.text(MIDDLE, 520, "All processes take the same step, so their weights stay the same.")
+    return d
+
+
+DIAGRAMS = {
+    "valley": valley,
+    "gelu": gelu,
+    "feed-forward": feed_forward,
+    "lookup": lookup,
+    "one-word": one_word,
+    "split-heads": split_heads,
+    "positions": positions,
+    "masks": masks,
+    "transformer": network,
+    "teacher-forcing": teacher_forcing,
+    "writing": writing,
+    "beam": beam,
+    "learning-rate": learning_rate,
+    "processes": processes,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw all diagrams; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the diagrams")
+    args = parser.parse_args(argv)
+    try:
+        for name, draw in DIAGRAMS.items():
+            path = args.out / f"{name}.svg"
+            path.write_text(draw().svg(), encoding="utf-8", newline="\n")
+    except OSError as error:
+        reason = f"can't write {str(error.filename)!r}: {error.strerror}"
+        print(f"{parser.prog}: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,36 @@
+"""The cache of a decoder, which writes token by token, in one place.
+
+Without it, each step computes the keys and values of all earlier tokens again. transformer.py and
+translation.py write within `with cached(model):`, and give the decoder only what is new.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attention import MultiHeadAttention
+
+
+@contextmanager
+def cached(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """Let the decoder keep its keys and values, so that each step computes only the new ones.
+
+    W_k and W_v of each attention then return the rows (B, S, d_model) of all they were ever given,
+    though each call gives them only new ones. Yields these rows for each W.
+    """
+    rows: dict[nn.Module, Tensor] = {}
+
+    def append(W: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        rows[W] = torch.cat((rows[W], output), dim=1) if W in rows else output
+        return rows[W]  # what a forward hook returns takes the place of the output
+
+    decoder = model.get_submodule("decoder")
+    heads = [module for module in decoder.modules() if isinstance(module, MultiHeadAttention)]
+    hooks = [W.register_forward_hook(append) for each in heads for W in (each.W_k, each.W_v)]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Parallel text of any size as one flat file of tokens, made once and mapped into memory.
+
+translation.py uses it. A corpus is a folder with train.de, val.de, test*.de and the same with .en
+(or other languages): UTF-8, one sentence per line, line n of one the translation of line n of the
+other, plain or gzipped. It is read as a stream, so millions of pairs need no more memory than a
+thousand; all processes of a machine share the mapped file.
+"""
+
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+from transformer import BOS, EOS, MAX_LENGTH, PAD
+
+LONGEST = 5000  # characters in a line; 256 tokens have fewer
+UNBROKEN = re.compile(r"\S{1000}")  # learning pieces takes too long in words without an end
+SAMPLE = 500_000  # pairs from which the tokenizer is learned, at most
+CHUNK = 10_000  # pairs encoded at once
+
+Pair = tuple[str, str]  # source and target
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """Open `path`.gz or else `path`; turn what shows that it is broken into OSError."""
+    zipped = path.with_name(path.name + ".gz")
+    path = zipped if zipped.exists() else path
+    try:
+        with gzip.open(path) if path == zipped else path.open("rb") as file:
+            yield cast(BinaryIO, file)
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, zlib.error) as error:
+        raise OSError(f"{path} is broken: {error}") from error
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Read the lines of `path` or `path`.gz; what is longer than LONGEST bytes is cut there."""
+    with open_text(path) as file:
+        while line := file.readline(4 * LONGEST):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(4 * LONGEST)
+            # A character that was cut in two makes no error, as its line is too long anyway.
+            text = line.decode("utf-8-sig", "strict" if len(line) < 4 * LONGEST else "ignore")
+            yield text.removesuffix("\n").removesuffix("\r")
+
+
+def read_pairs(folder: Path, split: str, languages: Sequence[str]) -> Iterator[Pair]:
+    """Read the pairs of a split. Raises OSError if one side has more lines than the other."""
+    sides = [read_lines(folder / f"{split}.{language}") for language in languages]
+    try:
+        yield from zip(*sides, strict=True)
+    except ValueError:
+        names = " and ".join(f"{split}.{language}" for language in languages)
+        raise OSError(f"{folder}: {names} have different numbers of lines") from None
+
+
+def examine(path: Path) -> tuple[int, str]:
+    """Return the number of lines of `path` or `path`.gz, and a digest of its content."""
+    digest, lines, last = hashlib.sha256(), 0, b"\n"
+    with open_text(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n"), digest.hexdigest()
+
+
+def find_tests(folder: Path, languages: Sequence[str]) -> list[str]:
+    """Return the names of the splits test*, in order."""
+    ending = f".{languages[0]}"
+    names = {path.name.removesuffix(".gz") for path in folder.glob("test*")}
+    return sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
+
+
+def usable(pair: Pair) -> bool:
+    """Return whether neither side is empty, too long, or unbroken for too long."""
+    return all(
+        text.strip() and len(text) < LONGEST and not (len(text) >= 1000 and UNBROKEN.search(text))
+        for text in pair
+    )
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn byte-pair encoding (Sennrich et al. 2016) within words; each digit stays alone.
+
+    It starts from bytes, so that every text can be encoded and comes back as it was.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, marks = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return open_tokenizer(tokenizer.to_str())
+
+
+def open_tokenizer(text: str) -> Tokenizer:
+    """Make a tokenizer that takes `<s>` in a text for what it is: three characters."""
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of N pairs, end to end: source 0, target 0, source 1 and so on.
+
+    A source ends in EOS; a target begins with BOS and ends in EOS.
+    """
+
+    tokens: Tensor  # (all of them,) int32
+    offsets: Tensor  # (2N + 1,) int64: where each sequence begins, and the end
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Return the lengths (N, 2) of sources and targets."""
+        return self.offsets.diff().view(-1, 2)
+
+    def to(self, device: torch.device) -> "Corpus":
+        """Move the tokens to a device; the offsets stay, as batches are made on the CPU."""
+        return Corpus(self.tokens.to(device), self.offsets)
+
+    def sequences(self, rows: Tensor, side: int) -> Tensor:
+        """Return the sources (side 0) or targets (1) of pairs (B,), with PAD after them: (B, T)."""
+        start, end = (self.offsets[2 * rows + i].to(self.tokens.device) for i in (side, side + 1))
+        width = torch.arange(int((end - start).max()), device=start.device)
+        index = start.unsqueeze(1) + width  # (B, T)
+        inside = index < end.unsqueeze(1)
+        return torch.where(inside, self.tokens[torch.where(inside, index, 0)], PAD).long()
+
+
+def encode(tokenizer: Tokenizer, pairs: Iterable[Pair], path: Path, total: int) -> None:
+    """Encode usable pairs of at most MAX_LENGTH tokens a side into `path`.tokens and .offsets."""
+    offsets, stream = array("q", [0]), iter(pairs)
+    bar = tqdm(total=total, desc=f"encoding {path.name}", unit=" pairs", leave=False, disable=None)
+    with path.with_suffix(".tokens").open("wb") as file:
+        while chunk := list(islice(stream, CHUNK)):
+            kept = [text for pair in chunk if usable(pair) for text in pair]
+            encodings, ids = iter(tokenizer.encode_batch_fast(kept)), array("i")
+            for source, target in zip(encodings, encodings, strict=True):
+                if max(len(source), len(target)) < MAX_LENGTH:
+                    ids.extend([*source.ids, EOS, BOS, *target.ids, EOS])
+                    middle = offsets[-1] + len(source) + 1
+                    offsets.extend((middle, middle + len(target) + 2))
+            ids.tofile(file)
+            bar.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    bar.close()
+    path.with_suffix(".offsets").write_bytes(offsets)
+
+
+def open_corpus(path: Path) -> Corpus:
+    """Map what `encode` wrote. Raises OSError if it is broken."""
+    mapped = []
+    for ending, dtype in ((".tokens", torch.int32), (".offsets", torch.int64)):
+        file = path.with_suffix(ending)
+        count = file.stat().st_size // dtype.itemsize
+        mapped.append(torch.from_file(str(file), size=count, dtype=dtype) if count else None)
+    tokens, offsets = mapped
+    if tokens is None or offsets is None or offsets[-1] != len(tokens):
+        raise OSError(f"{path}.tokens is broken; delete {path.parent}, and it is made again")
+    return Corpus(tokens, offsets)
+
+
+def prepare_corpus(
+    folder: Path, languages: Sequence[str], vocab_size: int, cache: Path
+) -> tuple[Path, int]:
+    """Learn a tokenizer and encode train and val, unless `cache` holds them already.
+
+    Returns the folder in `cache`, named by a digest of all that it was made from, and the number of
+    training pairs in the text. Raises OSError if the text is missing, broken, or of no use.
+    """
+    name, counts = f"{vocab_size} {MAX_LENGTH} {SAMPLE}", {}
+    for split in ("train", "val"):
+        found = [examine(folder / f"{split}.{language}") for language in languages]
+        (counts[split], _), (lines, _) = found
+        if counts[split] != lines:
+            names = " and ".join(f"{split}.{language}" for language in languages)
+            raise OSError(f"{folder}: {names} have {counts[split]} and {lines} lines")
+        name += "".join(digest for _, digest in found)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    if not (cache / digest).exists():
+        part = cache / f"{digest}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        stride = 1 + counts["train"] // SAMPLE
+        sample = islice(read_pairs(folder, "train", languages), 0, None, stride)
+        tokenizer = make_tokenizer(
+            (text for pair in sample if usable(pair) for text in pair), vocab_size
+        )
+        (part / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        for split, count in counts.items():
+            encode(tokenizer, read_pairs(folder, split, languages), part / split, count)
+            if not (part / f"{split}.tokens").stat().st_size:
+                raise OSError(
+                    f"{folder}: {split}.* has no sentences of at most {MAX_LENGTH} tokens"
+                )
+        part.replace(cache / digest)
+    return cache / digest, counts["train"]
+
+
+def cut(lengths: Tensor, tokens: int) -> list[int]:
+    """Cut sequences of lengths (N, 2) where a batch is full; return where each batch ends.
+
+    A batch has at most `tokens` tokens with padding, or one pair.
+    """
+    sides, ends = lengths.numpy(), [0]
+    while ends[-1] < len(sides):
+        most = tokens // int(sides[ends[-1]].sum()) + 1
+        widths = np.maximum.accumulate(sides[ends[-1] : ends[-1] + most]).sum(axis=1)
+        fit = widths * np.arange(1, len(widths) + 1) <= tokens
+        ends.append(ends[-1] + max(1, int(fit.sum())))
+    return ends[1:]
+
+
+def make_batches(lengths: Tensor, tokens: int, generator: torch.Generator) -> list[Tensor]:
+    """Group pairs whose longer side is as long: rows of at most `tokens` tokens, in random order.
+
+    The lengths are (N, 2). Padding to few widths leaves a processor few shapes to prepare for.
+    """
+    random = torch.rand(len(lengths), generator=generator)
+    order = (lengths.amax(dim=1) + random).argsort()
+    batches = order.tensor_split(cut(lengths[order], tokens)[:-1])
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]

@@ -1,0 +1,59 @@
+"""Dates as people write them in 26 languages, beside ISO 8601: `12 de octubre de 1968`, 1968-10-12.
+
+Babel writes them with the patterns of Unicode's CLDR, so that there are as many as one likes, and
+no download. transformer.py learns to read them.
+"""
+
+import datetime
+from collections.abc import Sequence
+from random import Random
+
+from babel.dates import format_date, get_date_format
+
+LANGUAGES = (
+    "ar", "bg", "cs", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "hu",
+    "it", "ja", "ka", "ko", "nl", "pl", "pt", "ru", "sv", "th", "tr", "uk", "zh",
+)  # fmt: skip
+FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
+TEST_DAYS, VALIDATION_DAYS = 5000, 1000  # which training never sees, in any language
+
+Pair = tuple[str, str]  # a date as people write it, and as ISO 8601 does
+
+
+def date_forms(language: str) -> list[str]:
+    """Return the medium, long and full pattern of Unicode's CLDR that have only one reading.
+
+    A date with slashes has two, for 1/2/1968 is two days, unless it begins with the year.
+    """
+    forms = [str(get_date_format(form, language).pattern) for form in ("medium", "long", "full")]
+    return [form for form in forms if form.startswith("y") or "/" not in form]
+
+
+def sample_dates(days: Sequence[int], random: Random) -> list[Pair]:
+    """Write each of the days, counted from FIRST_DAY, in a random language and form."""
+    forms = {language: date_forms(language) for language in LANGUAGES}
+    pairs = []
+    for day in days:
+        date, language = FIRST_DAY + datetime.timedelta(days=day), random.choice(LANGUAGES)
+        text = format_date(date, random.choice(forms[language]), language)
+        pairs.append((text, date.isoformat()))
+    return pairs
+
+
+def split_days() -> tuple[list[int], list[int], list[int]]:
+    """Return the days for training, validation and test; no day is in two of them."""
+    days, held_out = Random(0).sample(range(DAYS), DAYS), TEST_DAYS + VALIDATION_DAYS
+    return days[held_out:], days[TEST_DAYS:held_out], days[:TEST_DAYS]
+
+
+def evaluate(pairs: Sequence[Pair], found: Sequence[str]) -> float:
+    """Return the share of dates that were read exactly."""
+    return sum(iso == each for (_, iso), each in zip(pairs, found, strict=True)) / len(pairs)
+
+
+def show_test(pairs: Sequence[Pair], found: Sequence[str]) -> None:
+    """Print how many dates were read exactly, and examples, mistakes first."""
+    print(f"\nTest: {evaluate(pairs, found):.2%} of {len(pairs):,} dates exactly\n")
+    rows = sorted(zip(pairs, found, strict=True), key=lambda row: row[0][1] == row[1])
+    for (text, iso), guess in rows[:12]:
+        print(f"{guess}  {'' if guess == iso else f'not {iso}':14}  {text}")

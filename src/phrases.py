@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Phrases in two languages, without end, from Unicode's CLDR: a text for translation.py to learn.
+
+Babel writes times, spans, units, amounts of money and dates in all its languages, so each pair says
+the same: `vor 3 Tagen` and `3 days ago`. What is held out for validation and test is never trained
+on.
+"""
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from random import Random
+from zlib import crc32
+
+from babel import Locale, UnknownLocaleError
+from babel.dates import format_date, format_timedelta
+from babel.lists import format_list
+from babel.numbers import format_currency
+from babel.units import format_unit, get_unit_name
+
+COUNTS = {"train": 100_000, "val": 1000, "test": 2000}  # pairs
+SECONDS = {  # of a unit of time, and the most that Babel does not turn into a larger one
+    1: 50, 60: 50, 3600: 20, 86_400: 5, 7 * 86_400: 3, 30 * 86_400: 10, 365 * 86_400: 99,
+}  # fmt: skip
+UNITS = (
+    "length-meter", "length-kilometer", "length-centimeter", "mass-gram", "mass-kilogram",
+    "volume-liter", "area-square-meter", "speed-kilometer-per-hour", "temperature-celsius",
+    "digital-megabyte", "energy-kilowatt-hour", "power-watt", "frequency-hertz",
+)  # fmt: skip
+CURRENCIES = ("EUR", "USD", "GBP", "JPY", "CHF", "SEK", "INR", "BRL")
+FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
+
+Pair = tuple[str, str]  # source and target
+Phrase = Callable[[Locale], str]
+
+
+def sample_phrase(random: Random, units: Sequence[str]) -> Phrase:
+    """Draw a time, a span, an amount of a unit or of money, or a date."""
+    choice, amount = random.randrange(5), round(10 ** random.uniform(0, 5), random.choice((0, 2)))
+    if choice == 0:
+        date = FIRST_DAY + datetime.timedelta(days=random.randrange(DAYS))
+        return lambda locale: format_date(date, "full", locale)
+    if choice == 1:
+        currency = random.choice(CURRENCIES)
+        return lambda locale: format_currency(amount, currency, locale=locale, format_type="name")
+    if choice == 2 and units:
+        unit = random.choice(units)
+        return lambda locale: format_unit(amount, unit, locale=locale)
+    seconds = random.choice([*SECONDS])
+    span = random.randint(1, SECONDS[seconds]) * random.choice((seconds, -seconds))
+    return lambda locale: format_timedelta(
+        datetime.timedelta(seconds=span), add_direction=choice == 3, locale=locale
+    )
+
+
+def sample_pairs(languages: Sequence[str], split: str, seed: int = 0) -> Iterator[Pair]:
+    """Draw pairs of one or two phrases for a split, without end.
+
+    A checksum of the source decides to which split it belongs.
+    """
+    random, (source, target) = Random(f"{seed} {split}"), map(Locale.parse, languages)
+    units = [
+        u for u in UNITS if get_unit_name(u, locale=source) and get_unit_name(u, locale=target)
+    ]
+    while True:
+        phrases = [sample_phrase(random, units) for _ in range(random.randint(1, 2))]
+        pair = [
+            format_list([p(locale) for p in phrases], locale=locale) for locale in (source, target)
+        ]
+        if {0: "test", 1: "val"}.get(crc32(pair[0].encode()) % 20, "train") == split:
+            yield pair[0], pair[1]
+
+
+def check_languages(languages: Sequence[str]) -> None:
+    """Raise ValueError that names the option if Babel does not know a language."""
+    for option, language in zip(("--from", "--to"), languages, strict=True):
+        try:
+            Locale.parse(language)
+        except (UnknownLocaleError, ValueError):
+            raise ValueError(f"{option}: Babel does not know the language {language!r}") from None
+
+
+def write_phrases(folder: Path, languages: Sequence[str]) -> None:
+    """Write train, val and test in both languages as files of parallel text, unless they exist."""
+    if folder.exists():
+        return
+    part = folder.with_suffix(".part")  # so that the folder is whole or missing
+    part.mkdir(parents=True, exist_ok=True)
+    for split, count in COUNTS.items():
+        sides = zip(*islice(sample_pairs(languages, split), count), strict=True)
+        for language, lines in zip(languages, sides, strict=True):
+            text = "".join(f"{line}\n" for line in lines)
+            (part / f"{split}.{language}").write_text(text, encoding="utf-8", newline="\n")
+    part.replace(folder)

@@ -1,0 +1,262 @@
+"""Parallel text becomes tokens in one file, and batches of them."""
+
+import gzip
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import corpus as C
+from conftest import SENTENCES, corpus_of
+from transformer import BOS, EOS, MAX_LENGTH, PAD
+
+BOTH = ("de", "en")
+
+
+def batches_of(lengths, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return C.make_batches(torch.tensor(lengths), tokens, generator)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=60),
+    tokens=st.integers(1, 300), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_batches_have_every_pair_once_and_no_more_tokens_than_asked(sizes, tokens, seed):
+    lengths, batches = torch.tensor(sizes), batches_of(sizes, tokens, seed)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(sizes)))
+    assert all(len(batch) for batch in batches)
+    for batch in batches:
+        padded = len(batch) * int(lengths[batch].amax(dim=0).sum())
+        assert padded <= tokens or len(batch) == 1
+    again = batches_of(sizes, tokens, seed)
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in batches]
+
+
+def test_batches_are_full_differ_by_epoch_and_come_in_random_order():
+    random = Random(0)
+    sizes = [(n := random.randrange(5, 30), n + random.randrange(-2, 3)) for _ in range(5000)]
+    lengths, batches = torch.tensor(sizes), batches_of(sizes, 2000)
+    padded = [len(batch) * int(lengths[batch].amax(dim=0).sum()) for batch in batches]
+    assert lengths.sum() > 0.93 * sum(padded)
+    assert sorted(padded)[len(padded) // 10] > 1900
+    shapes = {(len(batch), *lengths[batch].amax(dim=0).tolist()) for batch in batches}
+    assert len(shapes) < 3 * 30
+    other = batches_of(sizes, 2000, seed=1)
+    assert {tuple(b.tolist()) for b in batches} != {tuple(b.tolist()) for b in other}
+    longest = [int(lengths[batch].max()) for batch in batches]
+    assert longest != sorted(longest)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=6), min_size=2, max_size=12))
+def test_sequences_are_those_of_the_pairs_with_padding_after_them(sides):
+    pairs = list(zip(sides[::2], sides[1::2], strict=False))
+    corpus = corpus_of(pairs)
+    assert corpus.lengths.tolist() == [[len(a), len(b)] for a, b in pairs]
+    rows = torch.arange(len(pairs)).flip(0)
+    for side in (0, 1):
+        expected = [pair[side] for pair in reversed(pairs)]
+        width = max(map(len, expected))
+        found = corpus.sequences(rows, side)
+        assert found.tolist() == [ids + [PAD] * (width - len(ids)) for ids in expected]
+        assert found.dtype == torch.int64
+
+
+texts = st.text() | st.text("<s>/pad\x00\x85\u2028 \t\r\née\u0301ß") | st.sampled_from(SENTENCES[0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=texts)
+def test_any_text_comes_back_as_it_was(words, text):
+    ids = words.encode(text).ids
+    assert words.decode(ids) == text
+    assert all(EOS < i < words.get_vocab_size() for i in ids)
+
+
+def test_words_are_learned_but_not_across_spaces_and_digits_stay_alone():
+    sentences = [text for pair in SENTENCES for text in pair] + ["am 12.12.2012"] * 50
+    words = C.make_tokenizer(sentences, 320)
+    assert words.get_vocab_size() <= 320
+    assert len(words.encode(SENTENCES[0][0]).ids) <= len(SENTENCES[0][0]) / 2
+    assert all(" " not in words.decode([i])[1:] for i in range(words.get_vocab_size()))
+    assert [words.decode([i]) for i in words.encode("2012").ids] == list("2012")
+
+
+def encoded(tokenizer, pairs, folder):
+    C.encode(tokenizer, pairs, folder / "some", len(pairs))
+    return C.open_corpus(folder / "some")
+
+
+def test_an_encoded_corpus_is_that_of_each_pair_in_turn(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(C, "CHUNK", 3)
+    corpus = encoded(words, SENTENCES * 2, tmp_path)
+    assert len(corpus.lengths) == 8
+    for row, (source, target) in enumerate(SENTENCES * 2):
+        ids, labels = (corpus.sequences(torch.tensor([row]), side)[0].tolist() for side in (0, 1))
+        assert (ids[-1], labels[0], labels[-1]) == (EOS, BOS, EOS)
+        assert (words.decode(ids[:-1]), words.decode(labels[1:-1])) == (source, target)
+    assert (tmp_path / "some.tokens").stat().st_size == 4 * len(corpus.tokens)
+
+
+@pytest.mark.parametrize("nothing", ["", "\t\xa0"])
+def test_pairs_with_a_side_that_is_empty_or_too_long_are_left_out(words, tmp_path, nothing):
+    longest, longer = "x " * (MAX_LENGTH // 2 - 1) + "x", "x " * (MAX_LENGTH // 2)
+    assert [len(words.encode(text).ids) for text in (longest, longer)] == [255, 256]
+    pairs = [("ein", nothing), SENTENCES[0], (nothing, "a"), (longest, longest)]
+    pairs += [(longest, longer), (longer, longest), (nothing, nothing)]
+    pairs += [("x" * 1000, "a"), ("a " * 3000, "a")]
+    corpus = encoded(words, pairs, tmp_path)
+    expected = encoded(words, [pairs[1], pairs[3]], tmp_path)
+    assert torch.equal(corpus.tokens, expected.tokens)
+    assert len(corpus.lengths) == 2
+
+
+def test_a_line_without_an_end_is_cut_as_it_is_read(tmp_path):
+    long = "ü" * 100_000
+    (tmp_path / "a").write_text(f"one\n{long}\ntwo\n{long}", encoding="utf-8")
+    one, cut, two, last = C.read_lines(tmp_path / "a")
+    assert (one, two) == ("one", "two")
+    for line in (cut, last):
+        assert C.LONGEST <= len(line) < 5 * C.LONGEST
+        assert not C.usable((line, "a"))
+
+
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a").write_bytes("one\x0b\x1c\u2028 still\n\ntwo".encode())
+    assert [*C.read_lines(tmp_path / "a")] == ["one\x0b\x1c\u2028 still", "", "two"]
+    assert C.examine(tmp_path / "a")[0] == 3
+    (tmp_path / "b").write_bytes(b"\xef\xbb\xbffrom\r\nWindows\r\n")
+    assert [*C.read_lines(tmp_path / "b")] == ["from", "Windows"]
+    assert C.examine(tmp_path / "b")[0] == 2
+
+
+# A folder
+
+
+def prepare(folder, cache, languages=BOTH, vocab_size=320):
+    return C.prepare_corpus(folder, languages, vocab_size, cache)
+
+
+def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(text_folder, tmp_path):
+    cache = tmp_path / "cache"
+    path, count = prepare(text_folder, cache)
+    assert count == 30 * len(SENTENCES)
+    assert {p.name for p in path.iterdir()} == {
+        "tokenizer.json", "train.tokens", "train.offsets", "val.tokens", "val.offsets",
+    }  # fmt: skip
+    tokenizer = C.open_tokenizer((path / "tokenizer.json").read_text())
+    corpus = C.open_corpus(path / "val")
+    ids = corpus.sequences(torch.tensor([1]), 0)[0, :-1].tolist()
+    assert tokenizer.decode(ids) == SENTENCES[1][0]
+
+    before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
+    moved = text_folder.rename(tmp_path / "moved")
+    for name in ("train.de", "train.en"):  # not gzipped any more
+        packed = moved / f"{name}.gz"
+        (moved / name).write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    assert prepare(moved, cache) == (path, count)
+    assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
+
+    assert prepare(moved, cache, vocab_size=300)[0] != path
+    assert prepare(moved, cache, ("en", "de"))[0] != path
+    lines = (moved / "val.en").read_text().replace("dog", "cat")
+    (moved / "val.en").write_text(lines)
+    assert prepare(moved, cache)[0] != path
+
+
+def test_an_encoding_that_was_cut_short_is_made_again(text_folder, tmp_path, monkeypatch):
+    encode = C.encode
+
+    def killed(*arguments):
+        encode(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(C, "encode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(text_folder, tmp_path / "cache")
+    (part,) = (tmp_path / "cache").iterdir()
+    assert part.suffix == ".part"
+    monkeypatch.undo()
+    path, _ = prepare(text_folder, tmp_path / "cache")
+    assert [*(tmp_path / "cache").iterdir()] == [path]
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "val.offsets"])
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_broken_encoding_is_named(text_folder, tmp_path, name, size):
+    path, _ = prepare(text_folder, tmp_path / "cache")
+    (path / name).write_bytes((path / name).read_bytes()[:size])
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        C.open_corpus(path / name.partition(".")[0])
+
+
+def test_the_tokenizer_is_learned_from_a_bounded_sample(text_folder, tmp_path, monkeypatch):
+    seen = []
+    make_tokenizer = C.make_tokenizer
+    monkeypatch.setattr(C, "SAMPLE", 50)
+    monkeypatch.setattr(
+        C, "make_tokenizer", lambda texts, size: make_tokenizer(seen.extend(texts) or seen, size)
+    )
+    prepare(text_folder, tmp_path / "cache")
+    assert len(seen) == 2 * 40  # every third of 120 pairs
+    assert len(set(seen)) == 2 * len(SENTENCES)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("val.de", Path.unlink, "val.de"),
+        ("train.en.gz", Path.unlink, "train.en"),
+        ("train.de.gz", shorten, "train.de.gz is broken"),
+        ("train.de.gz", lambda path: path.write_bytes(b"404"), "train.de.gz is broken"),
+        ("val.en", lambda path: path.write_bytes(b"\xff\xfe\n\n"), "val.en is broken"),
+        ("val.en", lambda path: path.write_text("one\n"), "val.de and val.en have 2 and 1 lines"),
+    ],
+    ids=range(6),
+)
+def test_broken_text_is_named(text_folder, tmp_path, name, spoil, message):
+    spoil(text_folder / name)
+    with pytest.raises(OSError, match=message) as caught:
+        prepare(text_folder, tmp_path / "cache")
+    assert str(text_folder) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("content", [None, b"", b"\n\n"])
+def test_a_split_without_sentences_is_refused(text_folder, tmp_path, split, content):
+    for path in text_folder.glob(f"{split}.*"):
+        path.unlink()
+        if content is not None:
+            (text_folder / path.name.removesuffix(".gz")).write_bytes(content)
+    with pytest.raises(OSError, match=re.escape(str(text_folder))):
+        prepare(text_folder, tmp_path / "cache")
+
+
+def test_pairs_are_read_until_one_side_ends_before_the_other(text_folder):
+    assert [*C.read_pairs(text_folder, "val", BOTH)] == SENTENCES[:2]
+    assert [*C.read_pairs(text_folder, "val", ("en", "de"))] == [(b, a) for a, b in SENTENCES[:2]]
+    (text_folder / "val.de").write_text("one\n")
+    with pytest.raises(OSError, match=r"val\.de and val\.en have different numbers of lines"):
+        [*C.read_pairs(text_folder, "val", BOTH)]
+
+
+def test_a_file_that_grows_without_end_when_unpacked_takes_no_memory(tmp_path):
+    """As a line of zeros does; reading it stops when it is asked to."""
+    with gzip.open(tmp_path / "a.gz", "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    (line,) = C.read_lines(tmp_path / "a")
+    assert len(line) < 5 * C.LONGEST
+    assert C.examine(tmp_path / "a")[0] == 1

@@ -1,0 +1,219 @@
+import importlib
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from clothes import DEBIAN, SAMPLE, load
+from photo import open_photo, prepare
+
+fashion = importlib.import_module("fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network trained for three epochs on the sample."""
+    torch.manual_seed(0)
+    train = load(SAMPLE, train=True)
+    model = fashion.Classifier()
+    for _ in fashion.fit(model, train, train, epochs=3, batch_size=200, learning_rate=3e-3):
+        pass
+    return model
+
+
+KINDS = ("paper", "light", "shadow", "noise", "wood", "cloth", "color", "moved", "everything")
+
+
+def smooth_noise(rng, size, cells):
+    """Random values between 0 and 1 that change smoothly over (height, width) cells."""
+    noise = cv2.resize(rng.random(cells, np.float32), size, interpolation=cv2.INTER_CUBIC)
+    return noise[..., None].clip(0, 1)
+
+
+def color(rng, lightness, saturation):
+    """Return any hue, within these ranges."""
+    hsv = np.float32([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*lightness)]]])
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
+
+
+def table(rng, kind, size):
+    """Return paper, wood or cloth, between 0 and 1."""
+    width, height = size
+    if kind == "everything":
+        kind = rng.choice(["paper", "wood", "cloth"])
+    if kind == "wood":
+        hue = rng.uniform(15, 35)
+        dark, bright = (
+            cv2.cvtColor(np.float32([[[hue, rng.uniform(0.2, 0.6), v]]]), cv2.COLOR_HSV2RGB)[0, 0]
+            for v in np.sort(rng.uniform(0.3, 0.9) + rng.uniform(-0.12, 0.12, 2))
+        )
+        wide, long = int(rng.integers(15, 80)), int(rng.integers(2, 6))
+        cells = (wide, long) if rng.random() < 0.5 else (long, wide)
+        grain = smooth_noise(rng, size, cells)
+        return dark + (bright - dark) * grain
+    if kind == "cloth":
+        base, contrast = color(rng, (0.3, 0.95), (0, 0.6)), rng.uniform(0.02, 0.12)
+        period = rng.uniform(2, 10)
+        y, x = np.mgrid[:height, :width].astype(np.float32) * 2 * np.pi / period
+        weave = np.sin(x + rng.uniform(0, 6)) * np.sin(y + rng.uniform(0, 6))
+        folds = smooth_noise(rng, size, (3, 3))
+        return base * (1 - contrast + contrast * weave[..., None]) * (0.9 + 0.1 * folds)
+    return np.broadcast_to(color(rng, (0.88, 1), (0, 0.06)), (height, width, 3))
+
+
+def photo_of(rng, picture, kind):
+    """Photograph a picture, with whatever the kind leaves to chance, as a JPEG of quality 50."""
+    size = width, height = int(rng.integers(300, 700)), int(rng.integers(300, 700))
+    background = table(rng, kind, size)
+    picture = picture.astype(np.float32)
+    cut = (picture > 12).astype(np.float32)
+    shade = np.where(picture > 60, picture, cv2.dilate(picture, np.ones((3, 3))))  # no pale rim
+    if kind in ("paper", "light", "shadow", "noise"):
+        shade = picture
+    scale = min(size) * rng.uniform(0.55, 0.8) / 28
+    turn = rng.uniform(-10, 10) if kind in ("moved", "everything") else 0.0
+    middle = np.array(size) / 2
+    matrix = cv2.getRotationMatrix2D((13.5, 13.5), turn, scale)
+    free = (np.array(size) - 28 * scale) / 2
+    reach = 0.8 if kind in ("moved", "everything") else 0.1
+    matrix[:, 2] += middle - 13.5 + free * rng.uniform(-reach, reach, 2)
+    shade = cv2.warpAffine(shade, matrix, size, flags=cv2.INTER_CUBIC).clip(0, 255)[..., None] / 255
+    alpha = cv2.warpAffine(cut, matrix, size, flags=cv2.INTER_CUBIC)[..., None]
+    alpha = ((alpha - 0.5) * scale / 2 + 0.5).clip(0, 1)
+    dye = np.ones(3, np.float32)
+    if kind in ("color", "everything"):
+        dye = 1 - color(rng, (0.3, 0.9), (0.5, 1))
+        dye /= dye.max()
+    garment = 1 - shade * dye
+    photo = background * (1 - alpha) + garment * alpha
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    x, y = x / width - 0.5, y / height - 0.5
+    if kind in ("light", "everything"):
+        a, s = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.5)
+        photo = photo * (1 - s * (0.5 + (np.cos(a) * x + np.sin(a) * y) / 1.42))[..., None]
+    if kind in ("shadow", "everything"):
+        a, s = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.45)
+        edge = (np.cos(a) * x + np.sin(a) * y - rng.uniform(-0.3, 0.3)) / rng.uniform(0.03, 0.15)
+        photo = photo * (1 - s / (1 + np.exp(-edge)))[..., None]
+    sigma = rng.uniform(4, 14) if kind in ("noise", "light", "everything") else 2
+    photo = photo * 255 + sigma * rng.standard_normal(photo.shape, np.float32)
+    file = io.BytesIO()
+    Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=50)
+    return file.getvalue()
+
+
+def seen(photo, folder):
+    """Save a photo, and return what the network sees of it."""
+    path = folder / f"photo.{'tif' if photo.mode in 'CMYK YCbCr F I' else 'png'}"
+    photo.save(path)
+    return prepare(open_photo(path))
+
+
+def agreement(model, test, kind, count, folder):
+    """Return the share of photos that are predicted as the images they were made of."""
+    images, labels = test
+    right = fashion.predict(model, images).argmax(dim=1) == labels
+    images, labels = images[right][:count], labels[right][:count]
+    generator, path, inputs = np.random.default_rng(0), folder / "photo.jpg", []
+    for image in images.numpy():
+        path.write_bytes(photo_of(generator, image, kind))
+        inputs.append(prepare(open_photo(path)))
+    return (fashion.predict(model, torch.stack(inputs)).argmax(dim=1) == labels).double().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_photos_are_predicted_as_the_images_they_were_made_of(trained, tmp_path, kind):
+    test = load(SAMPLE, train=False)
+    count = 20 if kind == "everything" else 10
+    assert agreement(trained, test, kind, count, tmp_path) >= 0.8  # of few
+
+
+@pytest.fixture(scope="module")
+def trained_fully():
+    folder = DEBIAN if DEBIAN.is_dir() else SAMPLE
+    torch.manual_seed(0)
+    train, validation = fashion.hold_out(load(folder, train=True))
+    model = fashion.Classifier()
+    for _ in fashion.fit(model, train, validation, 16, 500, 6e-3):
+        pass
+    return model, load(folder, train=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_nine_in_ten_photos_of_each_kind_are_predicted_right(trained_fully, tmp_path, kind):
+    assert agreement(*trained_fully, kind, 400, tmp_path) >= 0.9
+
+
+def enlarged(image, *size):
+    return ImageOps.expand(ImageOps.invert(Image.fromarray(image.numpy())).resize(size), 20, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_a_photo_of_any_mode_becomes_an_image(sample, tmp_path, mode):
+    photo = enlarged(sample[0][1], 200, 200)
+    if mode == "I;16":
+        photo = Image.fromarray(np.asarray(photo).astype(np.uint16) * 257)
+    else:
+        photo = photo.convert("RGB").convert(mode)
+    found = seen(photo, tmp_path)
+    assert (found.shape, found.dtype) == ((28, 28), torch.uint8)
+    assert np.corrcoef(found.flatten(), sample[0][1].flatten())[0, 1] > 0.75
+
+
+def test_a_photo_is_turned_as_its_exif_says(sample, tmp_path):
+    photo = enlarged(sample[0][1], 200, 200)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown after a turn to the right
+    photo.rotate(90, expand=True).save(tmp_path / "turned.png", exif=turned)
+    found = prepare(open_photo(tmp_path / "turned.png"))
+    torch.testing.assert_close(found, seen(photo, tmp_path), atol=1, rtol=0)
+
+
+def test_light_on_black_stays_light_on_black(sample, tmp_path):
+    found = seen(ImageOps.invert(enlarged(sample[0][1], 200, 200)), tmp_path)
+    assert np.corrcoef(found.flatten(), sample[0][1].flatten())[0, 1] > 0.75
+
+
+def test_a_transparent_background_is_background(tmp_path):
+    photo = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    photo.paste((200, 30, 30, 255), (20, 10, 40, 30))
+    assert (seen(photo, tmp_path)[2:-2, 2:-2] > 100).all()
+
+
+def blank(sigma):
+    pixels = np.random.default_rng(0).normal(230, sigma, (400, 600, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "photo",
+    [
+        *(Image.new("RGB", (50, 70), color) for color in ("white", "black", "gray")),
+        Image.new("L", (1, 1)), Image.new("L", (1, 3000)), Image.new("RGBA", (90, 90)),
+        Image.new("I;16", (90, 90)), blank(3), blank(10), blank(25),
+    ],
+)  # fmt: skip
+def test_nothing_but_background_is_refused(tmp_path, photo):
+    with pytest.raises(ValueError, match=r"^nothing but background$"):
+        seen(photo, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_photos_of_32_bits_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match="32 bits"):
+        seen(Image.fromarray(np.arange(10_000, dtype=dtype).reshape(100, 100)), tmp_path)
+
+
+def test_a_large_photo_is_shrunk_before_it_is_copied(sample, tmp_path, monkeypatch):
+    enlarged(sample[0][1], 4000, 4000).convert("RGBA").save(tmp_path / "photo.png")
+    convert, sizes = Image.Image.convert, []
+    monkeypatch.setattr(
+        Image.Image, "convert", lambda i, *a, **k: sizes.append(i.size) or convert(i, *a, **k)
+    )
+    prepare(open_photo(tmp_path / "photo.png"))
+    assert sizes
+    assert max(map(max, sizes)) <= 1000
