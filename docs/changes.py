@@ -55,11 +55,11 @@ def measure(page: dict[str, Any], change: dict[str, Any]) -> list[float]:
 
 def cell(number: float, page: dict[str, Any]) -> str:
     """Write a number as the cell of a table."""
-    if abs(number) < 1e6:
-        text = f"{number:.{page['digits']}f}"
-    else:
+    text = f"{number:.{page['digits']}f}"
+    if abs(number) >= 1e6:
         digit, _, exponent = f"{number:.0e}".partition("e+")
-        text = f"{digit}·10{str(int(exponent)).translate(SUPERSCRIPT)}"
+        power = f"10{str(int(exponent)).translate(SUPERSCRIPT)}"
+        text = power if digit == "1" else f"{digit}·{power}"
     return text.replace("-", "−") + page.get("unit", "")
 
 
