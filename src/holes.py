@@ -23,6 +23,7 @@ class Task:
     tests: list[str]  # of the script's tests, those that judge it
     hints: list[str]  # the last but one of an exercise is the formula
     title: str = ""
+    chapter: str = ""  # of the course, if it is not named as the script
     task: str = ""  # where the docstring doesn't say it
     first: str = ""  # how the first and the last statement to write begin, if that is not
     last: str = ""  # the whole body

@@ -295,7 +295,8 @@ def warm_up(case: Case) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # a process with more threads can't be forked safely
     if FORK:
         sys.path = [*dict.fromkeys([*sys.path, str(case.test_file.parent)])]
-        importlib.import_module(case.test_file.stem)
+        for name in ("conftest", case.test_file.stem):
+            importlib.import_module(name)
 
 
 def warm_up_optimizers() -> None:

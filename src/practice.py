@@ -99,10 +99,12 @@ def refresh(state: State, tasks: dict[str, Task]) -> None:
     write_state(state)
 
 
-def chapter(script: str) -> str:
-    """Return the page of the course that explains a script."""
-    pages = (ROOT / "docs").glob("[0-9]-*.md")
-    return next((f"docs/{page.name}" for page in pages if page.stem[2:] in script), "README.md")
+def chapter(task: Task) -> str:
+    """Return the page of the course that explains what a task is about."""
+    pages = sorted((ROOT / "docs").glob("[0-9]-*.md"))
+    found = [page.name for page in pages if page.name == task.chapter]
+    found += [page.name for page in pages if page.stem[2:] in task.script]
+    return f"docs/{found[0]}" if found else "README.md"
 
 
 def start(task: Task, state: State, again: bool) -> None:
@@ -134,7 +136,7 @@ def show_task(task: Task) -> None:
         line, docstring = find_body(read(PRACTICE / task.script), task.function)
         print(f"{task.name}: {task.title}\npractice/{task.script}:{line}, in {task.function}\n")
         print(textwrap.indent(docstring if not task.task else task.task.strip(), "  "))
-    print(f"\nChapter: {chapter(task.script)}\nNext: check, or hint", flush=True)
+    print(f"\nChapter: {chapter(task)}\nNext: check, or hint", flush=True)
 
 
 def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
