@@ -27,6 +27,7 @@ class Task:
     task: str = ""  # where the docstring doesn't say it
     first: str = ""  # how the first and the last statement to write begin, if that is not
     last: str = ""  # the whole body
+    alone: bool = True  # whether what it gives depends on nothing but its arguments
     old: str = ""  # what stands
     new: str = ""  # the mistake in its place
     symptom: str = ""  # what one sees of the mistake

@@ -36,7 +36,7 @@ class Case(NamedTuple):
     """What is to be judged: a function in the copy of a script, by some tests of the script."""
 
     path: Path  # of the copy; the script in src/ has the same name
-    function: str  # its qualified name
+    function: str  # its qualified name, or nothing if its calls say nothing
     tests: list[str]
 
     @property

@@ -141,7 +141,7 @@ def show_task(task: Task) -> None:
 
 def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
     """Judge what a person wrote, and print the verdict; return the exit status."""
-    case = Case(PRACTICE / task.script, task.function, task.tests)
+    case = Case(PRACTICE / task.script, task.function if task.alone else "", task.tests)
     warm_up(case)
     passed, lines = judge(case)
     if passed:
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         state.current = args.name or state.current
         if state.current not in state.started:
-            raise OSError(f"nothing is started yet: {advice(state, tasks)}")
+            raise OSError(f"start one first: {advice(state, tasks)}")
         task = tasks[state.current]
         if args.command == "hint":
             show_hint(task, state)

@@ -15,7 +15,7 @@ from torch import nn
 import network as N
 from attention import causal_mask
 from conftest import SMALL, draw, make
-from transformer import PAD, Transformer
+from transformer import PAD, Sizes, Transformer
 
 
 class PyTorchs(nn.Module):

@@ -1,6 +1,7 @@
 import ast
 import re
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import holes
 import judge
+import practice
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = holes.read_tasks()
@@ -22,7 +24,7 @@ def verdict(task, source, folder):
     """Judge a source as if it were the copy of a person."""
     path = folder / task.script
     path.write_bytes(source.encode())
-    case = judge.Case(path, task.function, task.tests)
+    case = judge.Case(path, task.function if task.alone else "", task.tests)
     judge.warm_up(case)
     return judge.judge(case)
 
@@ -80,24 +82,18 @@ def test_a_task_is_judged_by_tests_that_there_are(task):
     assert not task.symptom or "?" not in task.hints
 
 
-@pytest.mark.parametrize("script", sorted({task.script for task in TASKS.values()}))
-def test_a_script_with_all_its_holes_imports_and_prints_its_help(script, tmp_path, capsys):
-    source = (ROOT / "src" / script).read_bytes().decode()
-    for task in TASKS.values():
-        if task.script == script and not (task.symptom or task.first):
-            source = holes.prepare(source, task)
-    assert source.count("raise NotImplementedError") >= (script != "pytorch-hello.py")
-    (tmp_path / script).write_bytes(source.encode())
-    module = judge.load("a script with holes", tmp_path / script)
-    if not hasattr(module, "main"):
-        del sys.modules["a script with holes"]
-        return
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--help"])
-    del sys.modules["a script with holes"]
-    print(end="", flush=True)
-    assert stop.value.code == 0
-    assert "--seed" in capsys.readouterr().out
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_script_with_a_hole_imports_and_prints_its_help(task, tmp_path, monkeypatch, capsys):
+    (tmp_path / task.script).write_bytes(holes.prepare(reference(task), task).encode())
+    monkeypatch.setitem(sys.modules, "with a hole", None)
+    module = judge.load("with a hole", tmp_path / task.script)
+    if hasattr(module, "main"):
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--help"])
+        print(end="", flush=True)
+        assert stop.value.code == 0
+        assert "--seed" in capsys.readouterr().out
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +205,230 @@ def test_a_right_answer_that_prints_is_right_and_told_so(tmp_path):
 )
 def test_results_differ_in_words(given, wanted, expected):
     assert judge.difference(given, wanted) == expected
+
+
+# As a person uses it
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository of copies, so that nothing of the real one changes."""
+    (tmp_path / "src").mkdir()
+    for path in (ROOT / "src").glob("*.py"):
+        (tmp_path / "src" / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(practice, "SOURCES", tmp_path / "src")
+    monkeypatch.setattr(practice, "PRACTICE", tmp_path / "practice")
+    monkeypatch.setattr(practice, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run a command; return its exit status and what it prints."""
+
+    def run(*arguments):
+        status = practice.main([*map(str, arguments)])
+        out, error = capsys.readouterr()
+        assert "\x1b" not in out
+        return status, out + error
+
+    return run
+
+
+def write_answer(place, name, body):
+    """Do as a person does: put a body in the place of the hole."""
+    path = place / "practice" / TASKS[name].script
+    hole = re.compile(rf'^( *)raise NotImplementedError\("write {name} here"\)$', re.MULTILINE)
+    text = path.read_text(encoding="utf-8")
+    (indent,) = hole.findall(text)
+    path.write_text(hole.sub(lambda _: textwrap.indent(body.strip(), indent), text), "utf-8")
+    return path
+
+
+def test_from_nothing_to_the_first_right_answer(run, place):
+    status, out = run()
+    assert status == 0
+    assert re.search(r"^→  1 loop ", out, re.MULTILINE)
+    assert out.endswith(f"0 of {len(TASKS)} done. Next: poetry run src/practice.py start loop\n")
+    status, out = run("start", "mask")
+    line = (
+        (place / "practice/attention.py")
+        .read_text()
+        .split("\n")
+        .index('    raise NotImplementedError("write mask here")')
+    )
+    assert f"practice/attention.py:{line + 1}, in causal_mask\n" in out
+    assert "Let position i attend to positions up to i" in out
+    assert run("check") == (
+        1,
+        f'✗ mask is still empty: attention.py:{line + 1}: raise NotImplementedError("write mask\n'
+        '    here")\n',
+    ) or run("check")[1].startswith("✗ mask is still empty")
+    write_answer(place, "mask", ANSWERS["mask"]["wrong"][0])
+    status, out = run("check")
+    assert status == 1
+    assert out.startswith("✗ mask not yet: masks are true where a query may attend\n    called  ")
+    hints = [run("hint")[1] for _ in range(4)]
+    for n, hint in enumerate(TASKS["mask"].hints, start=1):
+        assert f"  {n}. {hint}\n" in hints[n - 1]
+    assert hints[2] == hints[3]
+    path = place / "practice/attention.py"
+    path.write_text(path.read_text().replace(".triu()", ".tril()"))
+    status, out = run("check")
+    assert status == 0
+    assert out.startswith("✓ mask is right\n")
+    assert re.search(r"^✓  4 mask ", run()[1], re.MULTILINE)
+    _, out = run("solution")
+    assert out.count("def causal_mask(") == 2
+    assert out.index("practice/attention.py") < out.index("src/attention.py")
+
+
+def test_a_started_file_is_never_overwritten(run, place):
+    run("start", "mask")
+    path = write_answer(place, "mask", "return 'mine'")
+    run("start", "padding")
+    assert "return 'mine'" in path.read_text()
+    assert 'NotImplementedError("write padding here")' in path.read_text()
+    before = path.read_bytes()
+    _, out = run("start", "mask")
+    assert "--again" in out
+    assert path.read_bytes() == before
+    _, out = run("start", "mask", "--again")
+    assert "attention.1.py" in out
+    assert (place / "practice/attention.1.py").read_bytes() == before
+    assert 'NotImplementedError("write mask here")' in path.read_text()
+    assert 'NotImplementedError("write padding here")' in path.read_text()
+
+
+def test_exercises_on_the_same_function_keep_what_was_written(run, place):
+    run("start", "softmax")
+    before = write_answer(place, "softmax", "weights = 'mine'").read_bytes()
+    _, out = run("start", "attention")
+    assert "attention.1.py" in out
+    assert (place / "practice/attention.1.py").read_bytes() == before
+
+
+def test_a_source_that_changed_keeps_what_was_written(run, place):
+    run("start", "mask")
+    path = write_answer(place, "mask", ANSWERS["mask"]["right"][0])
+    mine = path.read_bytes()
+    source = place / "src/attention.py"
+    source.write_text(source.read_text().replace("MAX_WORDS = ", "MOST_WORDS = "))
+    status, out = run("check")
+    assert status == 0
+    assert "src/attention.py has changed" in out
+    assert "MOST_WORDS = " in path.read_text()
+    assert ANSWERS["mask"]["right"][0].strip().splitlines()[0] in path.read_text()
+    assert (place / "practice/attention.1.py").read_bytes() == mine
+    assert "has changed" not in run("check")[1]
+    assert not (place / "practice/transformer.1.py").exists()
+
+
+def test_a_copy_that_was_not_touched_follows_its_source(run, place):
+    run("start", "mask")
+    source = place / "src/transformer.py"
+    source.write_text(source.read_text() + "# more\n")
+    _, out = run("start", "padding")
+    assert "changed" not in out
+    assert (place / "practice/transformer.py").read_bytes() == source.read_bytes()
+
+
+def test_a_mistake_is_planted_and_found(run, place):
+    _, out = run("start", "bug-5")
+    assert " ".join(TASKS["bug-5"].symptom.split()) in " ".join(out.split())
+    assert not any(test in out for test in TASKS["bug-5"].tests)
+    path = place / "practice/attention.py"
+    assert TASKS["bug-5"].new in path.read_text()
+    status, out = run("check")
+    assert (status, out) == (1, "✗ bug-5 is still there; the second hint lets check say more\n")
+    run("hint")
+    run("hint")
+    assert "called  padding_mask" in run("check")[1]
+    path.write_text(path.read_text().replace("(tokens != pad).unsqueeze(2)", "tokens != pad"))
+    assert run("check")[0] == 1
+    path.write_text(path.read_text().replace("tokens != pad\n", "tokens.ne(pad)[:, None]\n"))
+    status, out = run("check")
+    assert (status, out.splitlines()[0]) == (0, "✓ bug-5 is found")
+
+
+def test_it_checks_at_each_save(run, place, monkeypatch, capsys):
+    run("start", "mask")
+    path, seen = place / "practice/attention.py", []
+
+    def sleep(_):
+        """Stand for the person, who saves three times, and starts another exercise."""
+        if not seen:
+            write_answer(place, "mask", ANSWERS["mask"]["wrong"][0])
+        elif len(seen) == 1:
+            path.write_text(path.read_text().replace(".triu()", ".tril()"))
+        elif len(seen) == 2:
+            practice.main(["start", "padding"])
+        elif len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append("a round")
+
+    monkeypatch.setattr(practice.time, "sleep", sleep)
+    monkeypatch.setattr(practice, "warm_up_optimizers", lambda: None)
+    status, out = run("check", "--watch")
+    assert status == 130
+    verdicts = [line for line in out.splitlines() if line[:1] in ("✓", "✗")]
+    assert [line[:14] for line in verdicts] == [
+        "✗ mask is stil", "✗ mask not yet", "✓ mask is righ", "✗ padding is s",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["start", "nothing"], ["start", "0"], ["--fast"]])
+def test_what_there_is_not_is_refused(arguments, run):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["check", "hint", "solution"])
+def test_nothing_is_checked_before_it_is_started(command, run):
+    status, out = run(command)
+    assert status == 1
+    assert re.fullmatch(r".*: start one first: poetry run src/practice.py start loop\n", out)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"x": 1}', "[]"])
+def test_a_broken_state_is_named(content, run, place):
+    (place / "practice").mkdir()
+    (place / "practice/state.json").write_text(content)
+    status, out = run()
+    assert (status, out.count("\n")) == (1, 1)
+    assert str(place / "practice/state.json") in out
+
+
+def test_a_copy_that_does_not_parse_or_lacks_the_function_is_said(run, place):
+    run("start", "mask")
+    path = place / "practice/attention.py"
+    text = path.read_text()
+    path.write_text(text.replace("def causal_mask", "def causal mask"))
+    status, out = run("check")
+    assert status == 1
+    assert re.search(
+        r"can't be imported: SyntaxError: .*\n +attention.py:\d+: def causal mask", out
+    )
+    status, out = run("start", "padding")
+    assert (status, out.count("\n")) == (1, 1)
+    assert "attention.py" in out
+    path.write_text(text.replace("def causal_mask", "def my_mask"))
+    status, out = run("check")
+    assert status == 1
+    assert "causal_mask" in out
+    path.unlink()
+    status, out = run("check")
+    assert status == 1
+
+
+def test_a_task_has_a_number_and_the_next_one_needs_no_name(run):
+    assert run("start", 4)[1].startswith("mask: ")
+    assert run("start")[1].startswith("loop: ")
+
+
+def test_colors_are_for_terminals(monkeypatch, capsys):
+    practice.show_lines("✓", "mask", ["is right"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    practice.show_lines("✓", "mask", ["is right"])
+    assert capsys.readouterr().out == "✓ mask is right\n\x1b[32m✓\x1b[0m mask is right\n"
