@@ -251,6 +251,8 @@ def examine(case: Case, sender: Connection) -> None:
     watcher, status = Watcher(), 1
     try:
         module = load(case.path.stem, case.path)
+        if case.function.partition(".")[0] not in ("", *vars(module)):
+            raise NameError(f"there is no {case.function} any more")
         with contextlib.suppress(KeyError, TypeError):  # a function inside a function
             function, owner = find(module, case.function)
             setattr(owner, function.__name__, watcher.watch(function))
@@ -263,7 +265,7 @@ def examine(case: Case, sender: Connection) -> None:
         watcher.error = error
     lines = list(explain(case, watcher)) if watcher.error else []
     if status and not lines:
-        lines = [f"the tests could not be run: pytest ended with {status}"]
+        lines = ["can't be imported by the tests: has a name been changed, or lost?"]
     if watcher.printed:
         lines.append(f"printed {watcher.printed.strip()!r}")
     lines = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]

@@ -259,7 +259,7 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_the_logits():
     log_p = logits - np.log(np.exp(logits).sum())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
     images = torch.zeros(30, 28, 28, dtype=torch.uint8)
-    loss = fashion.train_epoch(model, images, labels, optimizer, batch_size=10)
+    loss = train_epoch(model, images, labels, optimizer, batch_size=10)
     assert loss == pytest.approx(-log_p.mean())  # each label is there as often
 
 
