@@ -223,6 +223,23 @@ def test_no_step_of_no_process_draws_what_another_draws(monkeypatch):
     assert len(set(seeds)) == len(seeds)
 
 
+@pytest.mark.parametrize(("count", "world"), [(9, 2), (7, 3), (2, 4)])
+def test_the_shares_of_several_processes_have_together_the_gradient_of_one(
+    count, world, monkeypatch
+):
+    corpus, model = corpus_of(random_pairs(count)), make()
+    rows, labels = torch.arange(count), int((corpus.lengths[:, 1] - 1).sum())
+    loss = T.batch_loss(model, corpus, rows, smoothing=0.1)
+    expected = torch.autograd.grad(loss / labels, list(model.parameters()))
+    total = 0.0
+    for rank in range(world):  # one after the other, and none by DDP
+        monkeypatch.setattr(T, "rank_and_world", lambda rank=rank: (rank, world))
+        total += T.add_gradients(model, corpus, rows, labels, 10**6)
+    torch.testing.assert_close(total, loss.detach())
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad / world, gradient, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("part_tokens", [10**6, 60, 1])
 def test_the_gradient_of_parts_is_that_of_the_whole_batch(part_tokens):
     corpus, model = corpus_of(random_pairs(33)), make()
