@@ -14,57 +14,31 @@ with app.setup:
     from collections.abc import Callable
     from pathlib import Path
     from random import Random
-    from unicodedata import normalize
 
     import marimo as mo
     import torch
-    from torch import Tensor
-    from torch.nn.utils.rnn import pad_sequence
 
     import pictures
     import switches
     import trained
-    from attention import MAX_WORDS, SENTENCE, positional_encoding
-    from dates import Pair, evaluate, sample_dates, split_days
-    from pictures import heat, plot
+    from attention import SENTENCE, positional_encoding
+    from dates import sample_dates, split_days
+    from pictures import heat, plot, side_by_side
     from transformer import (
-        BATCHES, BOS, PAD, WARMUP, Sizes, Transformer, encode, learning_rate, open_model,
+        BATCHES,
+        BOS,
+        WARMUP,
+        Sizes,
+        Transformer,
+        encode,
+        learning_rate,
+        open_model,
     )  # fmt: skip
 
     RUNS = Path(__file__).resolve().parent.parent / "runs"
     FORMULA, HEADS, TRANSFORMER, SEARCH = PAGES = (
         "Formula", "Positions and heads", "Your Transformer", "Search and training",
     )  # fmt: skip
-    LONGEST = 60  # characters of a date; those of the 26 languages are shorter
-    PADS = 4  # behind a date, as if it were in a batch with a longer one
-
-
-@app.function
-def split_words(sentence: str) -> tuple[list[str], str]:
-    """Return the words of a sentence, and what is wrong with it."""
-    words = [word[:20] for word in normalize("NFC", sentence).split()]
-    if 1 <= len(words) <= MAX_WORDS:
-        return words, ""
-    return [], f"Write 1 to {MAX_WORDS} words; these are {len(words)}."
-
-
-@app.function
-def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, str]:
-    """Return a date as a source (1, S) with padding, or None, and what is wrong with it."""
-    if not 1 <= len(text) <= LONGEST:
-        return None, f"Write a date of 1 to {LONGEST} characters; these are {len(text)}."
-    unknown = " ".join(sorted(set(text) - set(vocabulary)))
-    tokens = encode(text, vocabulary).tolist() + [PAD] * PADS
-    return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."
-
-
-@app.function
-def share_exact(model: Transformer, vocabulary: dict[str, int], pairs: list[Pair]) -> float:
-    """Return the share of dates that are read exactly."""
-    sources = [encode(text, vocabulary) for text, _ in pairs]
-    source = pad_sequence(sources, batch_first=True, padding_value=PAD)
-    tokens, _ = switches.write_slowly(model, source)
-    return evaluate(pairs, [switches.spell(row, vocabulary) for row in tokens.tolist()])
 
 
 @app.function
@@ -108,7 +82,7 @@ def _(by_row, d_k, mask, page, scaled, sentence):
 
 @app.cell
 def _(d_k, sentence):
-    words, problem = split_words(sentence.value)
+    words, problem = trained.split_words(sentence.value)
     _x, _head = switches.draw_sentence(words or ["-"], d_k.value)
     drawn = {"Q": _head.W_q(_x), "K": _head.W_k(_x), "V": _head.W_v(_x)}
     matrices = mo.ui.dictionary(
@@ -141,17 +115,16 @@ def _(by_row, drawn, followed, mask, matrices, page, problem, scaled, words):
     _steps = switches.attend(_Q, _K, _V, scaled.value, mask.value, by_row.value)
     _sums = torch.cat((_steps.weights, _steps.weights.sum(dim=1, keepdim=True)), dim=1)
     _faults = switches.name_faults(_steps.weights, mask.value)
-    _tables = mo.Html(
-        heat("Scores QKᵀ", _steps.scores, words, words)
-        + heat("What the softmax gets", _steps.scaled, words, words)
-        + heat("Weights, and their sum", _sums, words, [*words, "sum"])
-        + heat("Output", _steps.output, words, ["1", "2", "3", "4"][: _V.shape[1]])
-        + pictures.by_hand(_steps, followed.value, words, by_row.value)
+    _tables = side_by_side(
+        heat("Scores QKᵀ", _steps.scores, words, words),
+        heat("What the softmax gets", _steps.scaled, words, words),
+        heat("Weights, and their sum", _sums, words, [*words, "sum"]),
+        heat("Output", _steps.output, words, ["1", "2", "3", "4"][: _V.shape[1]]),
+        pictures.by_hand(_steps, followed.value, words, by_row.value),
     )
-    _verdict = mo.callout(
-        mo.md("\n\n".join(_faults) or "Each row adds up to 1."), "danger" if _faults else "success"
-    )
-    mo.vstack([_verdict, _tables])
+    _kind = "danger" if _faults else "success"
+    _verdict = mo.callout(mo.md("\n\n".join(_faults) or "Each row adds up to 1."), _kind)
+    mo.vstack([_verdict, mo.Html(_tables)])
 
 
 @app.cell
@@ -161,7 +134,9 @@ def _():
     place = mo.ui.slider(1, 60, value=10, label="follow position", show_value=True)
     placed = mo.ui.switch(False, label="add positions to the words")
     order = mo.ui.slider(1, 9, value=1, label="shuffle number", show_value=True)
-    return d_model, length, order, place, placed
+    learn_pairs = mo.ui.run_button(label="Train two heads here (about 10 s)")
+    without = mo.ui.dropdown({"none": None, "1": 0, "2": 1}, "none", label="Head switched off")
+    return d_model, learn_pairs, length, order, place, placed, without
 
 
 @app.cell
@@ -178,18 +153,12 @@ def _(d_model, length, page, place):
     _products, _i = _P @ _P.T, min(place.value, length.value) - 1
     _near = [*range(max(0, _i - 4), min(length.value, _i + 5))]
     _title, _names = f"Position {_i + 1} times its neighbors", [str(j + 1) for j in _near]
-    _images = {"the sine pattern": _P, "dot products of all pairs of positions": _products}
-    mo.vstack(
-        [
-            line_up(
-                *(
-                    mo.image(pictures.signed_pixels(M).numpy(), alt=name, caption=name)
-                    for name, M in _images.items()
-                )
-            ),
-            mo.Html(heat(_title, _products[[_i]][:, _near], [str(_i + 1)], _names)),
-        ]
+    _tables = side_by_side(
+        pictures.pixels("The sine pattern", _P, 6),
+        pictures.pixels("Dot products of all positions", _products),
+        heat(_title, _products[[_i]][:, _near], [str(_i + 1)], _names),
     )
+    mo.Html(_tables)
 
 
 @app.cell
@@ -205,18 +174,11 @@ def _(order, page, placed, words):
     _order, _before, _after = switches.shuffle(words, order.value, placed.value)
     _shuffled = " ".join(words[i] for i in _order)
     _parts, _most = ["1", "2", "3", "4"], (_before - _after).abs().max()
-    mo.Html(
-        heat(f"Outputs for “{' '.join(words)}”", _before, words, _parts)
-        + heat(f"The same words in “{_shuffled}”", _after, words, _parts)
-        + f"<p>The largest difference is {_most:.2f}.</p>"
+    _tables = side_by_side(
+        heat(f"Outputs for “{' '.join(words)}”", _before, words, _parts),
+        heat(f"The same words in “{_shuffled}”", _after, words, _parts),
     )
-
-
-@app.cell
-def _():
-    learn_pairs = mo.ui.run_button(label="Train two heads here (about 10 s)")
-    without = mo.ui.dropdown({"none": None, "1": 0, "2": 1}, "none", label="Head switched off")
-    return learn_pairs, without
+    mo.Html(f"{_tables}<p>The largest difference is {_most:.2f}.</p>")
 
 
 @app.cell
@@ -238,10 +200,9 @@ def _(page, pairs, without):
     mo.stop(page.value != HEADS or pairs is None)
     _weights, _digits, _shares = switches.score_pairs(pairs, without.value)
     _names = ["sequences", "mirror images", "left neighbors"]
-    mo.Html(
-        heat("Right, of 1,000 unseen sequences", _shares.unsqueeze(0), ["share"], _names)
-        + "".join(heat(f"Head {n + 1}", w, _digits, _digits) for n, w in enumerate(_weights))
-    )
+    _heads = [heat(f"Head {n + 1}", w, _digits, _digits) for n, w in enumerate(_weights)]
+    _right = heat("Right, of 1,000 unseen sequences", _shares.unsqueeze(0), ["share"], _names)
+    mo.Html(side_by_side(_right, *_heads))
 
 
 @app.cell
@@ -277,47 +238,32 @@ def _(learn_dates, page, runs):
 @app.cell
 def _(date, network, off_head, page, parts, vocabulary):
     mo.stop(page.value != TRANSFORMER or network is None)
-    source, _problem = encode_date(date.value, vocabulary)
+    source, _problem = trained.encode_date(date.value, vocabulary)
     mo.stop(source is None, mo.callout(_problem, "warn"))
     _off = [name for name, on in parts.value.items() if not on]
     changed = switches.switch_off(network, _off, off_head.value)
     _tokens, _probabilities = switches.write_slowly(changed, source)
     answer = switches.spell(_tokens[0].tolist(), vocabulary)
-    _best = _probabilities[0, : len(answer) + 1].topk(3)
-    _letters = [[switches.letter(i, vocabulary) for i in row] for row in _best.indices.T.tolist()]
-    _texts = [
-        [f"{letter} {p:.0%}" for letter, p in zip(*row, strict=True)]
-        for row in zip(_letters, _best.values.T.tolist(), strict=True)
-    ]
-    _table = heat(
-        f"It reads {answer or 'nothing'}",
-        _best.values.T,
-        ["1st", "2nd", "3rd"],
-        _letters[0],
-        _texts,
-    )
     step = mo.ui.slider(1, len(answer) + 1, label="Follow character", show_value=True)
-    mo.vstack([*([mo.callout(_problem, "warn")] if _problem else []), mo.Html(_table), step])
+    _table = mo.Html(pictures.likeliest(_probabilities[0, : len(answer) + 1], vocabulary))
+    _warning = [mo.callout(_problem, "warn")] if _problem else []
+    mo.vstack([*_warning, mo.md(f"It reads **{answer or 'nothing'}**"), _table, step])
     return answer, changed, source, step
 
 
 @app.cell
 def _(answer, changed, date, page, source, step, vocabulary):
     mo.stop(page.value != TRANSFORMER)
-    _target = torch.tensor([[BOS, *encode(answer, vocabulary).tolist()]])[:, :-1]
-    mo.Html(
-        pictures.looks(
-            switches.look_inside(changed, source, _target), step.value - 1, date.value, answer
-        )
-    )
+    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
+    _weights = switches.look_inside(changed, source, _target)
+    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
 
 
 @app.cell
 def _(network, page, vocabulary):
     mo.stop(page.value != TRANSFORMER or network is None)
-    _days = split_days()[2][:200]
-    unseen = sample_dates(_days, Random(2))
-    whole = share_exact(network, vocabulary, unseen)
+    unseen = sample_dates(split_days()[2][:200], Random(2))
+    whole = switches.share_exact(network, vocabulary, unseen)
     return unseen, whole
 
 
@@ -325,15 +271,9 @@ def _(network, page, vocabulary):
 def _(changed, page, unseen, vocabulary, whole):
     mo.stop(page.value != TRANSFORMER)
     with mo.status.spinner("Reading 200 dates that it has never seen"):
-        _share = share_exact(changed, vocabulary, unseen)
-    mo.Html(
-        heat(
-            "Of 200 unseen dates, exactly",
-            torch.tensor([[whole, _share]]),
-            ["share"],
-            ["whole network", "as it is now"],
-        )
-    )
+        _shares = torch.tensor([[whole, switches.share_exact(changed, vocabulary, unseen)]])
+    _title, _names = "Share of 200 unseen dates read exactly", ["whole network", "as it is now"]
+    mo.Html(heat(_title, _shares, ["share"], _names))
 
 
 @app.cell
@@ -341,7 +281,8 @@ def _():
     beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
     alpha = mo.ui.slider(0, 2, step=0.1, value=0.6, label="length penalty", show_value=True)
     upto = mo.ui.slider(1, 12, value=12, label="steps", show_value=True)
-    return alpha, beam, upto
+    photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
+    return alpha, beam, photo, upto
 
 
 @app.cell
@@ -354,62 +295,54 @@ def _(alpha, beam, network, page, upto):
 @app.cell
 def _(alpha, beam, date, network, page, upto, vocabulary):
     mo.stop(page.value != SEARCH or network is None)
-    _source, _problem = encode_date(date.value, vocabulary)
+    _source, _problem = trained.encode_date(date.value, vocabulary)
     mo.stop(_source is None, mo.callout(_problem, "warn"))
     _found, _steps = switches.watch_beam(network, _source, beam.value, alpha.value)
     _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
-    _ended = sorted((b for step in _steps for b in step), key=lambda b: -b.score)[:5]
-    _names = [switches.spell(b.tokens, vocabulary) for b in _ended]
-    _numbers = torch.tensor([[b.ended, len(b.tokens) + 1, b.score] for b in _ended])
-    mo.Html(
-        pictures.tree(_steps[: upto.value], _found, vocabulary)
-        + heat("Finished, best first", _numbers, _names, ["log P", "length", "score"])
-        + f"<p>The beam finds {switches.spell(_found, vocabulary)}, greedy writing {_greedy}.</p>"
+    _ended = sorted((b for step in _steps for b in step), key=lambda branch: -branch.score)[:5]
+    _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
+    _numbers = torch.tensor([(b.ended, len(b.tokens) + 1, b.score) for b in _ended])
+    _tables = side_by_side(
+        pictures.tree(_steps[: upto.value], _found, vocabulary),
+        heat("Finished, best first", _numbers, _names, ["log P", "length", "score"]),
+    )
+    _beam = switches.spell(_found, vocabulary)
+    mo.vstack(
+        [mo.md(f"The beam finds **{_beam}**, greedy writing **{_greedy}**"), mo.Html(_tables)]
     )
 
 
 @app.cell
 def _(page, runs):
     mo.stop(page.value != SEARCH)
-    _rate = [learning_rate(n, 64, WARMUP) * (1 - n / (3 * BATCHES)) for n in range(1, 3 * BATCHES)]
-    _plots = [
-        plot(f"{name}: loss", "epoch", lines) for name, lines in trained.read_losses(runs).items()
+    _steps = 3 * BATCHES
+    _rates = [
+        learning_rate(n, Sizes().d_model, WARMUP) * (1 - n / _steps) for n in range(1, _steps)
     ]
-    _plots.append(plot("transformer: learning rate", "step", {"learning rate": _rate}))
-    mo.vstack([mo.md("### Training"), mo.Html("".join(_plots))])
-
-
-@app.cell
-def _():
-    photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
-    return (photo,)
+    _losses = trained.read_losses(runs).items()
+    _plots = [plot(f"{name}: loss", "epoch", lines) for name, lines in _losses]
+    _plots.append(plot("transformer.py: learning rate", "step", {"learning rate": _rates}))
+    mo.vstack([mo.md("### Training: the runs in runs/"), mo.Html(side_by_side(*_plots))])
 
 
 @app.cell
 def _(page, photo):
     mo.stop(page.value != SEARCH)
-    mo.vstack([mo.md("### A photo, as the network sees it"), photo])
+    mo.vstack([mo.md("### A photo, as the network of fashion-mnist.py sees it"), photo])
 
 
 @app.cell
 def _(page, photo, runs):
     mo.stop(page.value != SEARCH or not photo.value)
     try:
-        _image, _probabilities = trained.classify(
-            photo.contents(), runs / "fashion-mnist/model.safetensors"
-        )
+        _path = runs / "fashion-mnist/model.safetensors"
+        _image, _probabilities = trained.classify(photo.contents(), _path)
     except (OSError, ValueError) as _error:
         mo.stop(True, mo.callout(str(_error), "warn"))
-    _column = torch.tensor([*_probabilities.values()]).unsqueeze(1)
-    line_up(
-        mo.image(
-            _image.numpy(),
-            alt="what the network sees",
-            width=224,
-            style={"image-rendering": "pixelated"},
-        ),
-        mo.Html(heat("Probabilities", _column, [*_probabilities], ["p"])),
-    )
+    _column = torch.tensor([[p] for p in _probabilities.values()])
+    _style = {"image-rendering": "pixelated"}
+    _seen = mo.image(_image.numpy(), alt="what the network sees", width=224, style=_style)
+    line_up(_seen, mo.Html(heat("Probabilities", _column, [*_probabilities], ["p"])))
 
 
 if __name__ == "__main__":

@@ -4,25 +4,34 @@ Blue is positive and orange negative, a pair that color-blind people can tell ap
 color of the page, light or dark.
 """
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from html import escape
 from unicodedata import category
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from switches import Branch, Formula, letter
 
 BLUE, ORANGE = (42, 143, 208), (213, 94, 0)  # RGB
 STYLE = """<style>
-.scroll {display: inline-block; max-width: 100%; overflow-x: auto; vertical-align: top;
-  margin-right: 24px; font-size: 14px; font-variant-numeric: tabular-nums;}
+.tables {display: flex; flex-wrap: wrap; gap: 8px 32px; width: 100%;}
+.scroll {max-width: 100%; overflow-x: auto; font-size: 14px; font-variant-numeric: tabular-nums;}
 .scroll table {border-collapse: collapse;}
-.scroll caption {text-align: left; font-weight: bold; padding: 6px 0;}
-.scroll th {font-weight: normal; padding: 2px 6px; text-align: right; white-space: nowrap;}
-.scroll td {padding: 3px 6px; text-align: right; min-width: 16px; height: 24px;}
+.scroll caption {text-align: left; font-weight: bold; padding: 6px 0; white-space: nowrap;}
+.scroll th {font-weight: normal; padding: 2px 5px; text-align: right; white-space: nowrap;}
+.scroll td {padding: 3px 5px; text-align: right; min-width: 25px; height: 24px;}
+.scroll figcaption {font-weight: bold; padding: 6px 0;}
 </style>"""
+
+
+def side_by_side(*pictures: str) -> str:
+    """Put pictures side by side as HTML, or below each other where there is no room."""
+    return f'<div class="tables">{"".join(pictures)}</div>'
 
 
 def visible(token: str) -> str:
@@ -65,12 +74,17 @@ def heat(
     return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
 
 
-def signed_pixels(matrix: Tensor) -> Tensor:
-    """Return colors (4 T, 4 S, 3) uint8 for a matrix (T, S), 4 by 4 pixels for each number."""
+def pixels(title: str, matrix: Tensor, size: int = 4) -> str:
+    """Return a matrix as an image in HTML, `size` pixels for each number."""
     share = (matrix / matrix.abs().max().clamp(min=1e-9)).unsqueeze(-1)
     color = torch.where(share > 0, torch.tensor(BLUE), torch.tensor(ORANGE))
-    pixels = (255 + share.abs() * (color - 255)).to(torch.uint8)
-    return pixels.repeat_interleave(4, dim=0).repeat_interleave(4, dim=1)
+    rgb = (255 + share.abs() * (color - 255)).to(torch.uint8)  # (T, S, 3)
+    file = io.BytesIO()
+    Image.fromarray(rgb.numpy()).save(file, "PNG")
+    data, size = base64.b64encode(file.getvalue()).decode(), size * matrix.shape[1]
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(title)}" width="{size}" '
+    image += 'style="image-rendering: pixelated">'
+    return f'<figure class="scroll"><figcaption>{escape(title)}</figcaption>{image}</figure>'
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
@@ -88,7 +102,7 @@ def plot(title: str, axis: str, lines: dict[str, Sequence[float]]) -> str:
         y = 190 - 150 * share
         parts.append(f'<text x="54" y="{y + 5}" text-anchor="end">{share * top:.3g}</text>')
         parts.append(f'<path d="M60 {y}H340" stroke="currentColor" opacity="0.3"/>')
-    parts.append(f'<text x="60" y="210">1</text><text x="340" y="210" text-anchor="end">')
+    parts.append('<text x="60" y="210">1</text><text x="340" y="210" text-anchor="end">')
     parts.append(f"{escape(axis)} {count:,}</text>")
     for i, (name, numbers) in enumerate(lines.items()):
         step = 280 / max(1, count - 1)
@@ -134,7 +148,25 @@ def by_hand(steps: Formula, row: int, words: Sequence[str], by_row: bool) -> str
     table = heat(f"“{words[row]}” followed by hand", color, rows, words, texts)
     terms = (f"{text} · v<sub>{j}</sub>" for j, text in enumerate(texts[-1], start=1))
     result = ", ".join(map(number, steps.output[row].tolist()))
-    return f"{table}<p>Its output: {' + '.join(terms)} = ({result})</p>"
+    return f"<div>{table}<p>Its output: {' + '.join(terms)} = ({result})</p></div>"
+
+
+def percent(share: float) -> str:
+    """Write a share in percent, and one that is next to nothing not at all."""
+    return f"{share:.0%}" if share >= 0.005 else ""
+
+
+def likeliest(probabilities: Tensor, vocabulary: dict[str, int]) -> str:
+    """Return the three likeliest characters at each step, from probabilities (T, V)."""
+    values, tokens = probabilities.topk(3)
+    letters = [[visible(letter(token, vocabulary)) for token in row] for row in tokens.T.tolist()]
+    texts = [
+        [f"{name} {percent(p)}" if percent(p) else "" for name, p in zip(names, row, strict=True)]
+        for names, row in zip(letters, values.T.tolist(), strict=True)
+    ]
+    title = "Probabilities of each character"
+    columns = [str(t + 1) for t in range(len(values))]
+    return heat(title, values.T, ["likeliest", "second", "third"], columns, texts)
 
 
 def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Sequence[str]) -> str:
@@ -149,7 +181,7 @@ def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Seq
     read, written = [*source, "end", *padding], ["start", *target, "end"]
     kinds = {
         ("decoder", "self_attention"): (
-            "Decoder, to what it has written, to predict “{written[t + 1]}”",
+            f"Decoder, to what it has written, to predict “{written[t + 1]}”",
             t,
             written,
         ),
@@ -160,13 +192,13 @@ def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Seq
         ),
         ("encoder", "self_attention"): (f"Encoder, from “{read[top]}” to the text", top, read),
     }
-    tables = ""
+    tables = []
     for kind, (title, row, columns) in kinds.items():
         layers = [w[:, row] for name, w in weights.items() if tuple(name.split(".")[::2]) == kind]
         matrix = torch.cat(layers)  # (layers * H, S)
         names = [
             f"layer {n + 1}, head {h + 1}" for n, w in enumerate(layers) for h in range(len(w))
         ]
-        texts = [[f"{100 * x:.0f}" if x >= 0.005 else "" for x in line] for line in matrix.tolist()]
-        tables += heat(title, matrix, names, columns[: matrix.shape[1]], texts)
-    return tables
+        texts = [[percent(x).rstrip("%") for x in line] for line in matrix.tolist()]
+        tables.append(heat(title, matrix, names, columns[: matrix.shape[1]], texts))
+    return side_by_side(*tables)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import (
     MultiHeadAttention,
@@ -23,8 +24,9 @@ from attention import (
     sample_sequences,
     scaled_dot_product_attention,
 )
+from dates import Pair, evaluate
 from search import beam_search
-from transformer import BOS, EOS, PAD, Transformer
+from transformer import BOS, EOS, PAD, Transformer, encode
 
 RIGHT_MASKS = ("none", "causal", "padding: the last word")
 WRONG_MASKS = ("causal, True and False swapped", "causal, added as 1 and 0")
@@ -195,6 +197,14 @@ def spell(tokens: Sequence[int], vocabulary: dict[str, int]) -> str:
     ids = [*tokens, EOS]
     characters = {i: c for c, i in vocabulary.items()}
     return "".join(characters.get(i, "?") for i in ids[: ids.index(EOS)])
+
+
+def share_exact(model: Transformer, vocabulary: dict[str, int], pairs: Sequence[Pair]) -> float:
+    """Return the share of dates that are read exactly."""
+    sources = [encode(text, vocabulary) for text, _ in pairs]
+    source = pad_sequence(sources, batch_first=True, padding_value=PAD)
+    tokens, _ = write_slowly(model, source)
+    return evaluate(pairs, [spell(row, vocabulary) for row in tokens.tolist()])
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The networks that the scripts saved in runs/, or small ones trained on the spot: for explore.py."""
+"""What explore.py shows: networks from runs/ or trained on the spot, and what one gives them."""
 
 import importlib
 import json
@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TypeVar
+from unicodedata import normalize
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 import attention
@@ -19,6 +21,8 @@ from photo import open_photo, prepare
 
 PAIR_STEPS, DATE_EPOCHS = 500, 2  # as attention.py, and two thirds of what transformer.py does
 DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
+LONGEST = 60  # characters of a date; those of the 26 languages are shorter
+PADS = 4  # behind a date, as if it were in a batch with a longer one
 Model = TypeVar("Model")
 
 
@@ -114,3 +118,20 @@ def classify(content: bytes, path: Path) -> tuple[Tensor, dict[str, float]]:
             ) from error
     probabilities = script.predict(model, image.unsqueeze(0)).softmax(dim=1)[0]
     return image, dict(zip(script.CLASSES, probabilities.tolist(), strict=True))
+
+
+def split_words(sentence: str) -> tuple[list[str], str]:
+    """Return the words of a sentence, and what is wrong with it."""
+    words = [word[:20] for word in normalize("NFC", sentence).split()]
+    if 1 <= len(words) <= attention.MAX_WORDS:
+        return words, ""
+    return [], f"Write 1 to {attention.MAX_WORDS} words; these are {len(words)}."
+
+
+def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, str]:
+    """Return a date as a source (1, S) with padding, or None, and what is wrong with it."""
+    if not 1 <= len(text) <= LONGEST or text.isspace():
+        return None, f"Write a date of 1 to {LONGEST} characters; these are {len(text.strip())}."
+    unknown = " ".join(sorted(set(text) - set(vocabulary)))
+    tokens = transformer.encode(text, vocabulary).tolist() + [transformer.PAD] * PADS
+    return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."
