@@ -37,7 +37,7 @@ with app.setup:
 
     RUNS = Path(__file__).resolve().parent.parent / "runs"
     FORMULA, HEADS, TRANSFORMER, SEARCH = PAGES = (
-        "Formula", "Positions and heads", "Your Transformer", "Search and training",
+        "Formula", "Heads", "Transformer", "Search",
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def line_up(*items: object) -> mo.Html:
 def _():
     page = mo.ui.tabs(dict.fromkeys(PAGES, ""))
     runs = Path(mo.cli_args().get("runs") or RUNS)
-    mo.vstack([mo.Html(pictures.STYLE), page])
+    mo.vstack([mo.Html(pictures.STYLE), mo.md("# See it move"), page])
     return page, runs
 
 
@@ -244,7 +244,8 @@ def _(date, network, off_head, page, parts, vocabulary):
     changed = switches.switch_off(network, _off, off_head.value)
     _tokens, _probabilities = switches.write_slowly(changed, source)
     answer = switches.spell(_tokens[0].tolist(), vocabulary)
-    step = mo.ui.slider(1, len(answer) + 1, label="Follow character", show_value=True)
+    _last = len(answer) + 1  # that of the end
+    step = mo.ui.slider(1, _last, value=min(6, _last), label="Follow character", show_value=True)
     _table = mo.Html(pictures.likeliest(_probabilities[0, : len(answer) + 1], vocabulary))
     _warning = [mo.callout(_problem, "warn")] if _problem else []
     mo.vstack([*_warning, mo.md(f"It reads **{answer or 'nothing'}**"), _table, step])
@@ -288,7 +289,7 @@ def _():
 @app.cell
 def _(alpha, beam, network, page, upto):
     mo.stop(page.value != SEARCH or network is None)
-    _about = mo.md("### The beam as a tree\nlog P of what is written so far; the best path is blue")
+    _about = mo.md("### The beam as a tree\nWith log P. Try a date that has two readings: 1/2/1968")
     mo.vstack([_about, line_up(beam, alpha, upto)])
 
 
@@ -301,10 +302,11 @@ def _(alpha, beam, date, network, page, upto, vocabulary):
     _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
     _ended = sorted((b for step in _steps for b in step), key=lambda branch: -branch.score)[:5]
     _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
-    _numbers = torch.tensor([(b.ended, len(b.tokens) + 1, b.score) for b in _ended])
+    _texts = [(f"{b.ended:.2f}", str(len(b.tokens) + 1), f"{b.score:.2f}") for b in _ended]
+    _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length", "score"]
     _tables = side_by_side(
         pictures.tree(_steps[: upto.value], _found, vocabulary),
-        heat("Finished, best first", _numbers, _names, ["log P", "length", "score"]),
+        heat("Finished, best first", _blank, _names, _columns, _texts),
     )
     _beam = switches.spell(_found, vocabulary)
     mo.vstack(

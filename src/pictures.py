@@ -60,7 +60,7 @@ def heat(
     In the cells stand the numbers, or the texts.
     """
     top = max(1.0, matrix.nan_to_num(0, 0, 0).abs().max().item())
-    head = "".join(f"<th scope=col>{escape(visible(name))}</th>" for name in columns)
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in columns)
     lines = [f"<caption>{escape(title)}</caption><tr><td></td>{head}</tr>"]
     for i, (name, numbers) in enumerate(zip(rows, matrix.tolist(), strict=True)):
         cells = ""
@@ -113,7 +113,7 @@ def plot(title: str, axis: str, lines: dict[str, Sequence[float]]) -> str:
         style = f'fill="none" stroke="rgb{color}" stroke-width="2.5" stroke-dasharray="{dash}"'
         parts.append(f'<polyline points="{points}" {style}/>')
         parts.append(f'<path d="M60 {230 + 20 * i}h28" {style}/>')
-        parts.append(f'<text x="96" y="{235 + 20 * i}">{escape(name)}</text>')
+        parts.append(f'<text x="96" y="{235 + 20 * i}">{escape(name.replace("_", " "))}</text>')
     return svg(345, 225 + 20 * len(lines), parts)
 
 
@@ -164,7 +164,7 @@ def likeliest(probabilities: Tensor, vocabulary: dict[str, int]) -> str:
         [f"{name} {percent(p)}" if percent(p) else "" for name, p in zip(names, row, strict=True)]
         for names, row in zip(letters, values.T.tolist(), strict=True)
     ]
-    title = "Probabilities of each character"
+    title = "Its probabilities: smoothed labels taught it to be 90% sure at most"
     columns = [str(t + 1) for t in range(len(values))]
     return heat(title, values.T, ["likeliest", "second", "third"], columns, texts)
 
@@ -178,7 +178,8 @@ def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Seq
     *_, last = weights.values()
     top = int(last[:, t].mean(dim=0).argmax())
     padding = ["pad"] * (last.shape[-1] - len(source) - 1)
-    read, written = [*source, "end", *padding], ["start", *target, "end"]
+    read = [*map(visible, source), "end", *padding]
+    written = ["start", *map(visible, target), "end"]
     kinds = {
         ("decoder", "self_attention"): (
             f"Decoder, to what it has written, to predict “{written[t + 1]}”",
