@@ -237,14 +237,15 @@ def test_the_tree_is_that_of_the_search(model, source, beam, alpha):
     assert len(steps[0]) == 1 and all(len(step) == beam for step in steps[1:])
     for step, before in zip(steps[1:], steps, strict=False):
         assert {branch.tokens[:-1] for branch in step} <= {branch.tokens for branch in before}
-    branch = steps[2][-1]
+    branch = steps[-1][-1]
+    n = len(branch.tokens)
     target = torch.tensor([[transformer.BOS, *branch.tokens, transformer.EOS]])
     with torch.inference_mode():
         log_p = model(one, target[:, :-1]).log_softmax(dim=-1)
-    each = log_p[0, range(3), target[0, 1:]]
-    assert branch.log_p == pytest.approx(each[:2].sum().item(), abs=1e-4)
+    each = log_p[0, range(n + 1), target[0, 1:]]
+    assert branch.log_p == pytest.approx(each[:n].sum().item(), abs=1e-4)
     assert branch.ended == pytest.approx(each.sum().item(), abs=1e-4)
-    assert branch.score == pytest.approx(branch.ended / math.pow((5 + 3) / 6, alpha), rel=1e-5)
+    assert branch.score == pytest.approx(branch.ended / math.pow((5 + n + 1) / 6, alpha), rel=1e-5)
 
 
 def test_tokens_are_spelled():
