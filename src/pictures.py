@@ -37,14 +37,14 @@ def side_by_side(*pictures: str) -> str:
 def visible(token: str) -> str:
     """Return a token that one can see alone: ␣ for a space, ◌ under an accent."""
     accents = token[:1] and category(token[0]).startswith("M")
-    return ("◌" if accents else "") + token.replace(" ", "␣").replace("\u00a0", "␣")
+    return ("◌" if accents else "") + "".join("␣" if c.isspace() else c for c in token)
 
 
 def number(x: float) -> str:
     """Write a number with two decimals, and mark one that is none."""
     if math.isnan(x):
         return "✗ NaN"
-    text = f"{x:.2f}" if abs(x) < 1e4 or math.isinf(x) else f"{x:.1e}"
+    text = f"{round(x, 2) + 0.0:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # + 0.0: no −0.00
     return text.replace("-", "−").replace("inf", "∞")
 
 
