@@ -19,6 +19,7 @@ from switches import Branch, Formula, letter
 
 BLUE, ORANGE = (42, 143, 208), (213, 94, 0)  # RGB
 STYLE = """<style>
+html {font-size: 16px;}
 .tables {display: flex; flex-wrap: wrap; gap: 8px 32px; width: 100%;}
 .scroll {max-width: 100%; overflow-x: auto; font-size: 14px; font-variant-numeric: tabular-nums;}
 .scroll table {border-collapse: collapse;}

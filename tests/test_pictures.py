@@ -4,10 +4,11 @@ import math
 import re
 
 import numpy as np
-import pictures as P
 import pytest
 import torch
 from PIL import Image
+
+import pictures as P
 from switches import Branch, attend
 
 
@@ -56,7 +57,9 @@ def test_an_image_has_the_colors_of_its_numbers():
 
 
 def test_a_line_goes_through_its_numbers():
-    html = P.plot("loss", "epoch", {"training_loss": [4.0, 1.0, 2.0], "validation_loss": [2.0, 2.0]})
+    html = P.plot(
+        "loss", "epoch", {"training_loss": [4.0, 1.0, 2.0], "validation_loss": [2.0, 2.0]}
+    )
     first, second = re.findall(r'polyline points="(.+?)"', html)
     assert first == "60.0,40.0 200.0,152.5 340.0,115.0"
     assert second == "60.0,115.0 200.0,115.0"

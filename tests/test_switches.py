@@ -2,15 +2,16 @@ import copy
 import math
 from random import Random
 
-import attention
 import pytest
-import switches as S
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+import attention
+import switches as S
 import transformer
 from dates import evaluate, sample_dates, split_days
 from search import beam_search
-from torch.nn.utils.rnn import pad_sequence
 
 WORDS = ["the", "cat", "sees", "the", "dog"]
 PAIRS = sample_dates(split_days()[2][:20], Random(2))
@@ -19,7 +20,7 @@ VOCABULARY = transformer.make_vocabulary(PAIRS)
 
 @pytest.fixture(scope="module")
 def model():
-    """A network that is not trained, whose answers differ from date to date and from step to step."""
+    """A network that is not trained, whose answers differ by date and by step."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = transformer.Transformer(4 + len(VOCABULARY), transformer.Sizes())

@@ -1,13 +1,14 @@
 import importlib
 import json
 
-import attention
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
+
+import attention
 import trained
 import transformer
-from PIL import Image
 
 
 @pytest.mark.parametrize("sentence", ["", "  ", "a " * 11])
