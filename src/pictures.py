@@ -19,6 +19,7 @@ from switches import Branch, Formula, letter
 
 BLUE, ORANGE = (42, 143, 208), (213, 94, 0)  # RGB
 STYLE = """<style>
+html {font-size: 16px;}
 .tables {display: flex; flex-wrap: wrap; gap: 8px 32px; width: 100%;}
 .scroll {max-width: 100%; overflow-x: auto; font-size: 14px; font-variant-numeric: tabular-nums;}
 .scroll table {border-collapse: collapse;}
@@ -37,14 +38,14 @@ def side_by_side(*pictures: str) -> str:
 def visible(token: str) -> str:
     """Return a token that one can see alone: ␣ for a space, ◌ under an accent."""
     accents = token[:1] and category(token[0]).startswith("M")
-    return ("◌" if accents else "") + token.replace(" ", "␣").replace("\u00a0", "␣")
+    return ("◌" if accents else "") + "".join("␣" if c.isspace() else c for c in token)
 
 
 def number(x: float) -> str:
     """Write a number with two decimals, and mark one that is none."""
     if math.isnan(x):
         return "✗ NaN"
-    text = f"{x:.2f}" if abs(x) < 1e4 or math.isinf(x) else f"{x:.1e}"
+    text = f"{round(x, 2) + 0.0:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # + 0.0: no −0.00
     return text.replace("-", "−").replace("inf", "∞")
 
 

@@ -2,15 +2,16 @@ import copy
 import math
 from random import Random
 
-import attention
 import pytest
-import switches as S
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+import attention
+import switches as S
 import transformer
 from dates import evaluate, sample_dates, split_days
 from search import beam_search
-from torch.nn.utils.rnn import pad_sequence
 
 WORDS = ["the", "cat", "sees", "the", "dog"]
 PAIRS = sample_dates(split_days()[2][:20], Random(2))
@@ -19,7 +20,7 @@ VOCABULARY = transformer.make_vocabulary(PAIRS)
 
 @pytest.fixture(scope="module")
 def model():
-    """A network that is not trained, whose answers differ from date to date and from step to step."""
+    """A network that is not trained, whose answers differ by date and by step."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = transformer.Transformer(4 + len(VOCABULARY), transformer.Sizes())
@@ -237,14 +238,15 @@ def test_the_tree_is_that_of_the_search(model, source, beam, alpha):
     assert len(steps[0]) == 1 and all(len(step) == beam for step in steps[1:])
     for step, before in zip(steps[1:], steps, strict=False):
         assert {branch.tokens[:-1] for branch in step} <= {branch.tokens for branch in before}
-    branch = steps[2][-1]
+    branch = steps[-1][-1]
+    n = len(branch.tokens)
     target = torch.tensor([[transformer.BOS, *branch.tokens, transformer.EOS]])
     with torch.inference_mode():
         log_p = model(one, target[:, :-1]).log_softmax(dim=-1)
-    each = log_p[0, range(3), target[0, 1:]]
-    assert branch.log_p == pytest.approx(each[:2].sum().item(), abs=1e-4)
+    each = log_p[0, range(n + 1), target[0, 1:]]
+    assert branch.log_p == pytest.approx(each[:n].sum().item(), abs=1e-4)
     assert branch.ended == pytest.approx(each.sum().item(), abs=1e-4)
-    assert branch.score == pytest.approx(branch.ended / math.pow((5 + 3) / 6, alpha), rel=1e-5)
+    assert branch.score == pytest.approx(branch.ended / math.pow((5 + n + 1) / 6, alpha), rel=1e-5)
 
 
 def test_tokens_are_spelled():

@@ -1,0 +1,118 @@
+import importlib
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import attention
+import trained
+import transformer
+
+
+@pytest.mark.parametrize("sentence", ["", "  ", "a " * 11])
+def test_a_sentence_must_have_a_few_words(sentence):
+    words, problem = trained.split_words(sentence)
+    assert words == [] and problem == f"Write 1 to 10 words; these are {len(sentence.split())}."
+
+
+def test_words_are_cut_and_composed():
+    assert trained.split_words("cafe\u0301 " + "x" * 30) == (["café", "x" * 20], "")
+
+
+def test_a_date_becomes_tokens_with_padding():
+    source, problem = trained.encode_date("1.2.", {"1": 4, "2": 5, ".": 6})
+    assert source.tolist() == [[4, 6, 5, 6, transformer.EOS] + 4 * [transformer.PAD]]
+    assert problem == ""
+
+
+def test_a_date_in_an_unknown_script_is_read_with_a_warning():
+    source, problem = trained.encode_date("1⸘‽", {"1": 4})
+    assert source[0, :4].tolist() == [4, transformer.UNKNOWN, transformer.UNKNOWN, transformer.EOS]
+    assert problem == "The network has never seen ‽ ⸘ before."
+
+
+@pytest.mark.parametrize("text", ["", "   ", "1" * 61])
+def test_a_date_must_have_a_length(text):
+    source, problem = trained.encode_date(text, {"1": 4})
+    assert source is None and problem.startswith("Write a date of 1 to 60 characters")
+
+
+def test_no_date_of_the_languages_is_longer():
+    dates = importlib.import_module("dates")
+    days = range(0, dates.DAYS, 20)
+    texts = [text for text, _ in dates.sample_dates(days, dates.Random(0))]
+    assert max(map(len, texts)) <= trained.LONGEST
+
+
+def test_two_heads_are_trained_and_opened(tmp_path):
+    ticks, path = [], tmp_path / "new/pairs.safetensors"
+    trained.train_pairs(path, lambda: ticks.append(1), steps=3)
+    assert len(ticks) == 3
+    model = trained.open_pairs(path)
+    expected = safetensors.torch.load_file(path)
+    assert all(torch.equal(expected[name], x) for name, x in model.state_dict().items())
+    assert not model.training
+
+
+def test_a_transformer_is_trained_and_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformer, "BATCHES", 2)
+    monkeypatch.setattr(transformer, "split_days", lambda: ([*range(500)], [1, 2], [3]))
+    monkeypatch.setattr(trained, "split_days", transformer.split_days)
+    ticks, path = [], tmp_path / "dates.safetensors"
+    trained.train_dates(path, lambda: ticks.append(1), epochs=2)
+    assert len(ticks) == 4
+    model, vocabulary = transformer.open_model(path)
+    assert model.embedding.num_embeddings == 4 + len(vocabulary)
+
+
+def test_the_first_network_that_opens_is_taken(tmp_path):
+    good, bad, missing = (tmp_path / name for name in ("good", "bad", "missing"))
+    trained.save(good, attention.PairFinder(2))
+    trained.save(bad, attention.PairFinder(2, d_model=32))  # of another shape
+    for paths, opens, problem in (
+        ([missing, good], True, ""),
+        ([bad, good], True, f"{str(bad)!r} is not a model saved by attention.py."),
+        ([bad, missing], False, f"{str(bad)!r} is not a model saved by attention.py."),
+        ([missing], False, f"There is no network in {str(missing)!r} yet."),
+    ):
+        model, found = trained.open_first(paths, trained.open_pairs)
+        assert (model is not None, found) == (opens, problem)
+
+
+def test_the_losses_of_all_runs_are_read(tmp_path):
+    rows = [{"epoch": 1, "training_loss": 2.5, "validation_loss": 2.0, "seconds": 1.0}]
+    for name, content in {
+        "translation": json.dumps({"epochs": rows * 2}),
+        "transformer": json.dumps({"epochs": [[1.5, 0.7, 60.4], [0.9, 0.96, 28.1]]}),
+        "attention": json.dumps({"results": {}}),
+        "broken": "{",
+        "empty": json.dumps({"epochs": []}),
+        "strange": json.dumps([1]),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(content)
+    assert trained.read_losses(tmp_path) == {
+        "transformer": {"training_loss": [1.5, 0.9]},
+        "translation": {"training_loss": [2.5, 2.5], "validation_loss": [2.0, 2.0]},
+    }
+
+
+def test_a_photo_is_seen_and_classified(tmp_path):
+    script = importlib.import_module("fashion-mnist")
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="train one first"):
+        trained.classify(b"", path)
+    torch.manual_seed(0)
+    model = script.Classifier()
+    trained.save(path, model)
+    photo = Image.new("RGB", (100, 120), "white")
+    photo.paste((90, 20, 20), (30, 20, 70, 100))
+    photo.save(tmp_path / "photo.png")
+    image, probabilities = trained.classify((tmp_path / "photo.png").read_bytes(), path)
+    assert image.shape == (28, 28) and image.max() > 200
+    expected = script.predict(model, image.unsqueeze(0)).softmax(dim=1)[0].tolist()
+    assert [*probabilities] == [*script.CLASSES] and [*probabilities.values()] == expected
+    with pytest.raises(ValueError, match="no photo of a garment"):
+        trained.classify(b"GIF89a", path)
