@@ -64,7 +64,10 @@ def show_task(task: Task) -> None:
 
 def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
     """Judge what a person wrote, and print the verdict; return the exit status."""
-    case = Case(PRACTICE / task.script, task.function if task.alone else "", task.tests)
+    started = [tasks[name] for name in state.started if tasks[name].script == task.script]
+    others = {other.function for other in started} - {task.function}
+    watched = task.function if task.alone else ""
+    case = Case(PRACTICE / task.script, watched, task.tests, tuple(sorted(others)))
     warm_up(case)
     passed, lines = judge(case)
     if passed:

@@ -301,6 +301,20 @@ def test_a_started_file_is_never_overwritten(run, place):
     assert 'NotImplementedError("write padding here")' in path.read_text()
 
 
+def test_one_may_begin_anywhere_and_leave_holes(run, place):
+    for name in ("bug-7", "split", "padding", "mask"):
+        run("start", name)
+    write_answer(place, "mask", ANSWERS["mask"]["right"][1])
+    status, out = run("check")
+    assert (status, out.splitlines()[0]) == (0, "✓ mask is right")
+    assert run("check", "split")[1].startswith("✗ split is still empty")
+    path = place / "practice/attention.py"
+    line = 1 + next(
+        n for n, text in enumerate(path.read_text().split("\n")) if "write padding" in text
+    )
+    assert f"attention.py:{line}: " in run("check", "padding")[1]
+
+
 def test_exercises_on_the_same_function_keep_what_was_written(run, place):
     run("start", "softmax")
     before = write_answer(place, "softmax", "weights = 'mine'").read_bytes()
