@@ -103,7 +103,9 @@ def show_hint(task: Task, state: State) -> None:
     state.hints[task.name] = given
     write_state(state)
     for number, hint in enumerate(task.hints[:given], start=1):
-        print(textwrap.indent(f"{number}. {hint.strip()}", "  "))
+        print(
+            textwrap.fill(f"{number}. {hint}", 96, initial_indent="  ", subsequent_indent="     ")
+        )
     more = "hint says more" if given < len(task.hints) else "solution shows what stands there"
     print(f"\nNext: check; {more}", flush=True)
 
