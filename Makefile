@@ -6,6 +6,7 @@ MIRROR_PLUGIN_VERSION := 0.6.5
 PYTHON_VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 POETRY_READY := .poetry/ready-$(POETRY_VERSION)-$(MIRROR_PLUGIN_VERSION)-python$(PYTHON_VERSION)
 VENV_READY := .venv/ready-python$(PYTHON_VERSION)
+EXPLORE_READY := .venv/explore-ready
 POETRY := .poetry/bin/python -m poetry
 
 # An environment that happens to be active, or switched off, is not the one meant here.
@@ -13,6 +14,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PY
 
 help:
 	@echo 'make demo       set up, then run the five scripts'
+	@echo 'make explore    set up, then open a page on which one can move things'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
 	@echo 'make lint       set up, then check style, format and types'
@@ -27,6 +29,11 @@ demo: $(VENV_READY)
 	$(POETRY) run src/attention.py
 	$(POETRY) run src/transformer.py
 	$(POETRY) run src/translation.py --restart
+
+explore: $(EXPLORE_READY)
+	$(POETRY) run marimo run --no-check --host 127.0.0.1 src/explore.py
+
+explore-ready: $(EXPLORE_READY)
 
 test: $(VENV_READY)
 	$(POETRY) run pytest
@@ -82,4 +89,9 @@ $(VENV_READY): pyproject.toml poetry.lock | $(POETRY_READY)
 	@touch $@
 	@rm .poetry/installing
 
-.PHONY: help demo test test-all lint bench docs clean
+# What only the page needs.
+$(EXPLORE_READY): $(VENV_READY)
+	@POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install --only explore
+	@touch $@
+
+.PHONY: help demo explore explore-ready test test-all lint bench docs clean

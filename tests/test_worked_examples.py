@@ -1,6 +1,7 @@
 """The numbers that the course works out by hand are those that PyTorch computes."""
 
 import importlib
+import math
 import re
 from pathlib import Path
 
@@ -171,3 +172,53 @@ def test_an_epoch_has_the_steps_that_the_page_says():
     labels = torch.arange(60_000)
     (kept, _), _ = fashion.hold_out((labels, labels))
     assert len(kept) // 500 == steps
+
+
+def walk(capsys):
+    """Return the matrices that attention.py prints for its sentence, by formula."""
+    attention = importlib.import_module("attention")
+    assert attention.main(["--device", "cpu", "--explain", attention.SENTENCE]) == 0
+    found = {}
+    for part in capsys.readouterr().out.strip().split("\n\n"):
+        formula, _, _, *rows = part.splitlines()
+        table = [[float(n) for n in re.findall(r"-?\d+\.\d\d", row)] for row in rows]
+        found[formula.partition("   ")[0]] = torch.tensor(table)
+    return found
+
+
+def test_what_cat_gets(capsys):
+    """To two digits, from the two digits that the script prints."""
+    found, row = walk(capsys), 1
+    page = "3-attention.md"
+    *_, weight = said = find(page, r"\begin{aligned} e^{", r"\end{aligned}")
+    scores, exponentials, total = said[:5:], said[5:10], said[10]
+    assert scores == pytest.approx(found["QKᵀ/√d_k"][row].tolist(), abs=0.001)
+    assert exponentials == pytest.approx([math.exp(s) for s in scores], abs=0.01)
+    assert total == pytest.approx(sum(math.exp(s) for s in scores), abs=0.02)
+    assert weight == pytest.approx(exponentials[0] / total, abs=0.005)
+    weights = find(page, "So *cat* gives a weight of", "to *dog*.")
+    the, cat, sees, dog = weights
+    expected = found["softmax(QKᵀ/√d_k)"][row].tolist()
+    assert [the, cat, sees, the, dog] == pytest.approx(expected, abs=0.001)
+
+
+def test_a_layer_norm_by_hand():
+    *x, mean, variance = find("4-transformer.md", "The vector (", ", and becomes")
+    said = find("4-transformer.md", "variance 3.5, and becomes (", ")")
+    x = torch.tensor(x)
+    assert (x.mean(), x.var(correction=0)) == (mean, variance)
+    assert said == pytest.approx(F.layer_norm(x, (4,)).tolist(), abs=0.005)
+
+
+def test_a_beam_by_hand():
+    diagrams = importlib.import_module("diagrams")
+    page = "5-translation.md"
+    a, the = find(page, "After the first word, *a* has log P =", ". After the second")
+    one, two, total = find(page, "*a dog* has", ", and *the dog*")
+    three, four, best = find(page, "and *the dog* has", ". Greedy")
+    first, second = diagrams.FIRST, diagrams.SECOND
+    assert (a, the) == (one, three)
+    assert (one, three) == pytest.approx([math.log(first[w]) for w in ("a", "the")], abs=0.005)
+    assert -abs(two) == pytest.approx(math.log(second["a"]["dog"]), abs=0.005)
+    assert -abs(four) == pytest.approx(math.log(second["the"]["dog"]), abs=0.005)
+    assert (total, best) == pytest.approx((one - abs(two), three - abs(four)), abs=0.011)

@@ -1,0 +1,351 @@
+#!/usr/bin/env python3
+"""See it move: the formula, heads, your own Transformer and its search, on a page to play with.
+
+Run `make explore`, which opens this marimo notebook in the browser, served from this machine only.
+It computes with the functions of the other scripts, and shows the networks that they saved in
+runs/, or trains small ones on the spot and saves them in runs/explore/.
+"""
+
+import marimo
+
+app = marimo.App(width="medium", app_title="Attention, to play with")
+
+with app.setup:
+    from collections.abc import Callable
+    from pathlib import Path
+    from random import Random
+
+    import marimo as mo
+    import torch
+
+    import pictures
+    import switches
+    import trained
+    from attention import SENTENCE, positional_encoding
+    from dates import sample_dates, split_days
+    from pictures import heat, plot, side_by_side
+    from transformer import (
+        BATCHES,
+        BOS,
+        WARMUP,
+        Sizes,
+        Transformer,
+        encode,
+        learning_rate,
+        open_model,
+    )  # fmt: skip
+
+    RUNS = Path(__file__).resolve().parent.parent / "runs"
+    FORMULA, HEADS, TRANSFORMER, SEARCH = PAGES = (
+        "Formula", "Heads", "Transformer", "Search",
+    )  # fmt: skip
+
+
+@app.function
+def with_bar(train: Callable[..., None], path: Path, steps: int) -> None:
+    """Train a network and save it, with a progress bar on the page."""
+    title = "Training on the spot"
+    with mo.status.progress_bar(total=steps, title=title, remove_on_exit=True) as bar:
+        train(path, bar.update)
+
+
+@app.function
+def line_up(*items: object) -> mo.Html:
+    """Put items side by side, or below each other where there is no room."""
+    return mo.hstack(items, justify="start", align="center", gap=1.5, wrap=True)
+
+
+@app.cell
+def _():
+    page = mo.ui.tabs(dict.fromkeys(PAGES, ""))
+    runs = Path(mo.cli_args().get("runs") or RUNS)
+    mo.vstack([mo.Html(pictures.STYLE), mo.md("# See it move"), page])
+    return page, runs
+
+
+@app.cell
+def _():
+    sentence = mo.ui.text(SENTENCE, label="Sentence", full_width=True)
+    d_k = mo.ui.slider(steps=[1, 2, 4, 16, 64, 256, 1024], value=4, label="d_k", show_value=True)
+    mask = mo.ui.dropdown([*switches.RIGHT_MASKS, *switches.WRONG_MASKS], "none", label="Mask")
+    scaled = mo.ui.switch(True, label="divide by √d_k")
+    by_row = mo.ui.switch(True, label="softmax of each row")
+    return by_row, d_k, mask, scaled, sentence
+
+
+@app.cell
+def _(by_row, d_k, mask, page, scaled, sentence):
+    mo.stop(page.value != FORMULA)
+    formula = mo.md(r"$\mathrm{softmax}(QK^\mathsf{T}/\sqrt{d_k})\,V$, with a sentence of your own")
+    mo.vstack([formula, sentence, line_up(d_k, mask, scaled, by_row)])
+
+
+@app.cell
+def _(d_k, sentence):
+    words, problem = trained.split_words(sentence.value)
+    _x, _head = switches.draw_sentence(words or ["-"], d_k.value)
+    drawn = {"Q": _head.W_q(_x), "K": _head.W_k(_x), "V": _head.W_v(_x)}
+    matrices = mo.ui.dictionary(
+        {
+            name: mo.ui.matrix(M[:, :4], step=0.1, precision=2, row_labels=words, label=name)
+            for name, M in drawn.items()
+            if words
+        }
+    )
+    _places = {f"{i + 1}. {word}": i for i, word in enumerate(words or ["-"])}
+    followed = mo.ui.dropdown(_places, [*_places][min(1, len(_places) - 1)], label="Follow")
+    return drawn, followed, matrices, problem, words
+
+
+@app.cell
+def _(d_k, followed, matrices, page, problem):
+    mo.stop(page.value != FORMULA)
+    mo.stop(problem, mo.callout(problem, "warn"))
+    _note = f" Of the {d_k.value} columns of Q and K, these are 4." if d_k.value > 4 else ""
+    _how = mo.md(f"Drag a number, or press Enter on it and type.{_note}")
+    mo.vstack([_how, line_up(*matrices.elements.values()), followed])
+
+
+@app.cell
+def _(by_row, drawn, followed, mask, matrices, page, problem, scaled, words):
+    mo.stop(page.value != FORMULA or problem)
+    _first = {name: torch.tensor(rows) for name, rows in matrices.value.items()}
+    _Q, _K = (torch.cat((_first[name], drawn[name][:, 4:]), dim=1).double() for name in "QK")
+    _V = _first["V"].double()
+    _steps = switches.attend(_Q, _K, _V, scaled.value, mask.value, by_row.value)
+    _sums = torch.cat((_steps.weights, _steps.weights.sum(dim=1, keepdim=True)), dim=1)
+    _faults = switches.name_faults(_steps.weights, mask.value)
+    _tables = side_by_side(
+        heat("Scores QKᵀ", _steps.scores, words, words),
+        heat("What the softmax gets", _steps.scaled, words, words),
+        heat("Weights, and their sum", _sums, words, [*words, "sum"]),
+        heat("Output", _steps.output, words, ["1", "2", "3", "4"][: _V.shape[1]]),
+        pictures.by_hand(_steps, followed.value, words, by_row.value),
+    )
+    _kind = "danger" if _faults else "success"
+    _verdict = mo.callout(mo.md("\n\n".join(_faults) or "Each row adds up to 1."), _kind)
+    mo.vstack([_verdict, mo.Html(_tables)])
+
+
+@app.cell
+def _():
+    length = mo.ui.slider(4, 60, value=30, label="positions", show_value=True)
+    d_model = mo.ui.slider(steps=[4, 8, 16, 32, 64], value=32, label="d_model", show_value=True)
+    place = mo.ui.slider(1, 60, value=10, label="follow position", show_value=True)
+    placed = mo.ui.switch(False, label="add positions to the words")
+    order = mo.ui.slider(1, 9, value=1, label="shuffle number", show_value=True)
+    learn_pairs = mo.ui.run_button(label="Train two heads here (about 10 s)")
+    without = mo.ui.dropdown({"none": None, "1": 0, "2": 1}, "none", label="Head switched off")
+    return d_model, learn_pairs, length, order, place, placed, without
+
+
+@app.cell
+def _(d_model, length, page, place):
+    mo.stop(page.value != HEADS)
+    _about = mo.md("### Positions\nA row per position: sines and cosines, fast ones on the left")
+    mo.vstack([_about, line_up(length, d_model, place)])
+
+
+@app.cell
+def _(d_model, length, page, place):
+    mo.stop(page.value != HEADS)
+    _P = positional_encoding(length.value, d_model.value)
+    _products, _i = _P @ _P.T, min(place.value, length.value) - 1
+    _near = [*range(max(0, _i - 4), min(length.value, _i + 5))]
+    _title, _names = f"Position {_i + 1} times its neighbors", [str(j + 1) for j in _near]
+    _tables = side_by_side(
+        pictures.pixels("The sine pattern", _P, 6),
+        pictures.pixels("Dot products of all positions", _products),
+        heat(_title, _products[[_i]][:, _near], [str(_i + 1)], _names),
+    )
+    mo.Html(_tables)
+
+
+@app.cell
+def _(order, page, placed):
+    mo.stop(page.value != HEADS)
+    _about = mo.md("### Words shuffled\nWithout positions, attention can't tell the order of words")
+    mo.vstack([_about, line_up(placed, order)])
+
+
+@app.cell
+def _(order, page, placed, words):
+    mo.stop(page.value != HEADS or not words)
+    _order, _before, _after = switches.shuffle(words, order.value, placed.value)
+    _shuffled = " ".join(words[i] for i in _order)
+    _parts, _most = ["1", "2", "3", "4"], (_before - _after).abs().max()
+    _tables = side_by_side(
+        heat(f"Outputs for “{' '.join(words)}”", _before, words, _parts),
+        heat(f"The same words in “{_shuffled}”", _after, words, _parts),
+    )
+    mo.Html(f"{_tables}<p>The largest difference is {_most:.2f}.</p>")
+
+
+@app.cell
+def _(learn_pairs, page, runs, without):
+    mo.stop(page.value != HEADS)
+    _here = runs / "explore/attention.safetensors"
+    if learn_pairs.value:
+        with_bar(trained.train_pairs, _here, trained.PAIR_STEPS)
+    _paths = [runs / "attention/model.safetensors", _here]
+    pairs, _problem = trained.open_first(_paths, trained.open_pairs)
+    _about = mo.md("### Two heads\nTo predict each digit's mirror image and its left neighbor")
+    _needed = [mo.callout(_problem, "warn"), learn_pairs] if _problem else []
+    mo.vstack([_about, *_needed, *([without] if pairs else [])])
+    return (pairs,)
+
+
+@app.cell
+def _(page, pairs, without):
+    mo.stop(page.value != HEADS or pairs is None)
+    _weights, _digits, _shares = switches.score_pairs(pairs, without.value)
+    _names = ["sequences", "mirror images", "left neighbors"]
+    _heads = [heat(f"Head {n + 1}", w, _digits, _digits) for n, w in enumerate(_weights)]
+    _right = heat("Right, of 1,000 unseen sequences", _shares.unsqueeze(0), ["share"], _names)
+    mo.Html(side_by_side(_right, *_heads))
+
+
+@app.cell
+def _():
+    date = mo.ui.text("12 de octubre de 1968", label="A date", full_width=True)
+    parts = mo.ui.dictionary({name: mo.ui.switch(True, label=name) for name in switches.PARTS})
+    _heads = {"none": None} | switches.name_heads(Transformer(4, Sizes()))
+    off_head = mo.ui.dropdown(_heads, "none", label="Head switched off")
+    learn_dates = mo.ui.run_button(label="Train a Transformer here (about a minute)")
+    return date, learn_dates, off_head, parts
+
+
+@app.cell
+def _(date, off_head, page, parts):
+    mo.stop(page.value not in (TRANSFORMER, SEARCH))
+    _controls = [line_up(*parts.elements.values(), off_head)] if page.value == TRANSFORMER else []
+    mo.vstack([date, *_controls])
+
+
+@app.cell
+def _(learn_dates, page, runs):
+    mo.stop(page.value not in (TRANSFORMER, SEARCH))
+    _here = runs / "explore/transformer.safetensors"
+    if learn_dates.value:
+        with_bar(trained.train_dates, _here, trained.DATE_STEPS)
+    _paths = [runs / "transformer/model.safetensors", _here]
+    _found, _problem = trained.open_first(_paths, open_model)
+    network, vocabulary = _found or (None, {})
+    mo.vstack([mo.callout(_problem, "warn"), learn_dates] if _problem else [])
+    return network, vocabulary
+
+
+@app.cell
+def _(date, network, off_head, page, parts, vocabulary):
+    mo.stop(page.value != TRANSFORMER or network is None)
+    source, _problem = trained.encode_date(date.value, vocabulary)
+    mo.stop(source is None, mo.callout(_problem, "warn"))
+    _off = [name for name, on in parts.value.items() if not on]
+    changed = switches.switch_off(network, _off, off_head.value)
+    _tokens, _probabilities = switches.write_slowly(changed, source)
+    answer = switches.spell(_tokens[0].tolist(), vocabulary)
+    _last = len(answer) + 1  # that of the end
+    step = mo.ui.slider(1, _last, value=min(6, _last), label="Follow character", show_value=True)
+    _table = mo.Html(pictures.likeliest(_probabilities[0, : len(answer) + 1], vocabulary))
+    _warning = [mo.callout(_problem, "warn")] if _problem else []
+    mo.vstack([*_warning, mo.md(f"It reads **{answer or 'nothing'}**"), _table, step])
+    return answer, changed, source, step
+
+
+@app.cell
+def _(answer, changed, date, page, source, step, vocabulary):
+    mo.stop(page.value != TRANSFORMER)
+    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
+    _weights = switches.look_inside(changed, source, _target)
+    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
+
+
+@app.cell
+def _(network, page, vocabulary):
+    mo.stop(page.value != TRANSFORMER or network is None)
+    unseen = sample_dates(split_days()[2][:200], Random(2))
+    whole = switches.share_exact(network, vocabulary, unseen)
+    return unseen, whole
+
+
+@app.cell
+def _(changed, page, unseen, vocabulary, whole):
+    mo.stop(page.value != TRANSFORMER)
+    with mo.status.spinner("Reading 200 dates that it has never seen"):
+        _shares = torch.tensor([[whole, switches.share_exact(changed, vocabulary, unseen)]])
+    _title, _names = "Share of 200 unseen dates read exactly", ["whole network", "as it is now"]
+    mo.Html(heat(_title, _shares, ["share"], _names))
+
+
+@app.cell
+def _():
+    beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
+    alpha = mo.ui.slider(0, 2, step=0.1, value=0.6, label="length penalty", show_value=True)
+    upto = mo.ui.slider(1, 12, value=12, label="steps", show_value=True)
+    photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
+    return alpha, beam, photo, upto
+
+
+@app.cell
+def _(alpha, beam, network, page, upto):
+    mo.stop(page.value != SEARCH or network is None)
+    _about = mo.md("### The beam as a tree\nWith log P. Try a date that has two readings: 1/2/1968")
+    mo.vstack([_about, line_up(beam, alpha, upto)])
+
+
+@app.cell
+def _(alpha, beam, date, network, page, upto, vocabulary):
+    mo.stop(page.value != SEARCH or network is None)
+    _source, _problem = trained.encode_date(date.value, vocabulary)
+    mo.stop(_source is None, mo.callout(_problem, "warn"))
+    _found, _steps = switches.watch_beam(network, _source, beam.value, alpha.value)
+    _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
+    _ended = sorted((b for step in _steps for b in step), key=lambda branch: -branch.score)[:5]
+    _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
+    _texts = [(f"{b.ended:.2f}", str(len(b.tokens) + 1), f"{b.score:.2f}") for b in _ended]
+    _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length", "score"]
+    _tables = side_by_side(
+        pictures.tree(_steps[: upto.value], _found, vocabulary),
+        heat("Finished, best first", _blank, _names, _columns, _texts),
+    )
+    _beam = switches.spell(_found, vocabulary)
+    mo.vstack(
+        [mo.md(f"The beam finds **{_beam}**, greedy writing **{_greedy}**"), mo.Html(_tables)]
+    )
+
+
+@app.cell
+def _(page, runs):
+    mo.stop(page.value != SEARCH)
+    _steps = 3 * BATCHES
+    _rates = [
+        learning_rate(n, Sizes().d_model, WARMUP) * (1 - n / _steps) for n in range(1, _steps)
+    ]
+    _losses = trained.read_losses(runs).items()
+    _plots = [plot(f"{name}: loss", "epoch", lines) for name, lines in _losses]
+    _plots.append(plot("transformer.py: learning rate", "step", {"learning rate": _rates}))
+    mo.vstack([mo.md("### Training: the runs in runs/"), mo.Html(side_by_side(*_plots))])
+
+
+@app.cell
+def _(page, photo):
+    mo.stop(page.value != SEARCH)
+    mo.vstack([mo.md("### A photo, as the network of fashion-mnist.py sees it"), photo])
+
+
+@app.cell
+def _(page, photo, runs):
+    mo.stop(page.value != SEARCH or not photo.value)
+    try:
+        _path = runs / "fashion-mnist/model.safetensors"
+        _image, _probabilities = trained.classify(photo.contents(), _path)
+    except (OSError, ValueError) as _error:
+        mo.stop(True, mo.callout(str(_error), "warn"))
+    _column = torch.tensor([[p] for p in _probabilities.values()])
+    _style = {"image-rendering": "pixelated"}
+    _seen = mo.image(_image.numpy(), alt="what the network sees", width=224, style=_style)
+    line_up(_seen, mo.Html(heat("Probabilities", _column, [*_probabilities], ["p"])))
+
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,259 @@
+"""Attention and the Transformer with a part switched off, and what goes on inside them.
+
+explore.py shows it on a page. What is right comes from attention.py, transformer.py and search.py;
+here is only what is wrong on purpose, and what looks on.
+"""
+
+import copy
+import math
+from collections.abc import Collection, Sequence
+from random import Random
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from attention import (
+    MultiHeadAttention,
+    PairFinder,
+    SelfAttention,
+    causal_mask,
+    padding_mask,
+    positional_encoding,
+    sample_sequences,
+    scaled_dot_product_attention,
+)
+from dates import Pair, evaluate
+from search import beam_search
+from transformer import BOS, EOS, PAD, Transformer, encode
+
+RIGHT_MASKS = ("none", "causal", "padding: the last word")
+WRONG_MASKS = ("causal, True and False swapped", "causal, added as 1 and 0")
+PARTS = ("positions", "causal mask", "memory mask", "√d_model")
+
+
+class Formula(NamedTuple):
+    """The steps of attention, from T queries to T keys."""
+
+    scores: Tensor  # QKᵀ (T, T)
+    scaled: Tensor  # what the softmax gets (T, T)
+    weights: Tensor  # (T, T)
+    output: Tensor  # (T, d_v)
+
+
+def draw_sentence(words: Sequence[str], d_k: int, d: int = 6) -> tuple[Tensor, SelfAttention]:
+    """Draw the embeddings (T, d) and the head with which `attention.py --explain` walks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vocabulary = sorted(set(words))
+        x = torch.randn(len(vocabulary), d)[[vocabulary.index(word) for word in words]]
+        head = SelfAttention(d, d_k)
+        for W in head.parameters():
+            nn.init.normal_(W, std=d**-0.5)
+    return x, head.requires_grad_(False)
+
+
+def attend(
+    Q: Tensor, K: Tensor, V: Tensor, scaled: bool = True, mask: str = "none", by_row: bool = True
+) -> Formula:
+    """Follow Q, K (T, d_k) and V (T, d_v) through the formula, or through a wrong one.
+
+    The wrong ones leave √d_k out, normalize each column in place of each row, or use one of
+    WRONG_MASKS with -∞.
+    """
+    T, d_k = Q.shape
+    scores, causal = Q @ K.T, causal_mask(T)
+    padding = padding_mask(torch.tensor([[*range(1, T), PAD]]), PAD)[0].expand(T, T)
+    allowed = dict(zip(RIGHT_MASKS, (None, causal, padding), strict=True)).get(mask)
+    logits = scores / math.sqrt(d_k) if scaled else scores
+    if mask == WRONG_MASKS[0]:
+        logits = logits.masked_fill(causal, -math.inf)
+    elif mask == WRONG_MASKS[1]:
+        logits = logits + causal.to(logits)
+    elif allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    if scaled and by_row and mask in RIGHT_MASKS:
+        output, weights = scaled_dot_product_attention(Q, K, V, allowed)
+    else:
+        weights = logits.softmax(dim=1 if by_row else 0)
+        output = weights @ V
+    return Formula(scores, logits, weights, output)
+
+
+def name_faults(weights: Tensor, mask: str) -> list[str]:
+    """Say what is wrong with weights (T, T): rows that don't add up to 1, a future seen, NaN."""
+    faults, sums = [], weights.sum(dim=1)
+    broken = [str(i + 1) for i in sums.isnan().nonzero().flatten().tolist()]
+    if broken:
+        faults.append(f"NaN in row {', '.join(broken)}: it may attend to nothing, and 0/0 is NaN.")
+    off = [str(i + 1) for i in ((sums - 1).abs() > 1e-3).nonzero().flatten().tolist()]
+    if off:
+        faults.append(f"The weights of row {', '.join(off)} don't add up to 1.")
+    future = weights.triu(diagonal=1).nan_to_num().sum(dim=1)
+    if "causal" in mask and future.max() > 1e-6:
+        row = int(future.argmax())
+        faults.append(f"The future leaks: row {row + 1} gives {future[row]:.0%} to later words.")
+    return faults
+
+
+def remove_head(heads: MultiHeadAttention, head: int) -> None:
+    """Give W_o zeros in place of one head's output, from now on."""
+
+    def blank(W_o: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        split = inputs[0].unflatten(-1, (heads.num_heads, -1)).clone()  # (B, T, H, d_k)
+        split[:, :, head] = 0
+        return split.flatten(2)
+
+    heads.W_o.register_forward_pre_hook(blank)
+
+
+def shuffle(words: Sequence[str], seed: int, positions: bool) -> tuple[list[int], Tensor, Tensor]:
+    """Return an order of T words, and the outputs (T, 4) of a head without it and with it.
+
+    The second output is brought back into the first order, so that the two can be compared.
+    """
+    order = Random(seed).sample(range(len(words)), len(words))
+    x, head = draw_sentence(words, 4)
+    places = positional_encoding(*x.shape) if positions else torch.zeros_like(x)
+    before, _ = head(x + places)
+    after, _ = head(x[order] + places)
+    return order, before, after[torch.tensor(order).argsort()]
+
+
+@torch.inference_mode()
+def score_pairs(model: PairFinder, without: int | None) -> tuple[Tensor, str, Tensor]:
+    """Return what a PairFinder can do without a head, None for with all of them.
+
+    That is the weights (H, T, T) for a sequence, the sequence, and the shares (3,) of 1,000 unseen
+    sequences that are wholly right, of mirror images, and of left neighbors.
+    """
+    model = copy.deepcopy(model).eval()
+    if without is not None:
+        remove_head(model.attention, without)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        digits, labels = sample_sequences(1000, unseen=True)
+    right = (model(digits).argmax(dim=-1) == labels).float()
+    shares = torch.stack((right.amin(dim=(1, 2)).mean(), *right.mean(dim=(0, 1))))
+    return model.weights(digits[:1])[0], "".join(map(str, digits[0].tolist())), shares
+
+
+def name_heads(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Name each head of a model: the attention it is in, and its number there."""
+    return {
+        f"{name.replace('.', ' ').replace('_', ' ')}, head {head + 1}": (name, head)
+        for name, module in model.named_modules()
+        if isinstance(module, MultiHeadAttention)
+        for head in range(module.num_heads)
+    }
+
+
+def switch_off(
+    model: Transformer, off: Collection[str], head: tuple[str, int] | None = None
+) -> Transformer:
+    """Return a copy without some of PARTS, and without a head: the attention's name, its number."""
+    model = copy.deepcopy(model).eval()
+
+    def unmask(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, mask, memory, memory_mask = inputs
+        mask = torch.ones_like(mask) if "causal mask" in off else mask
+        memory_mask = torch.ones_like(memory_mask) if "memory mask" in off else memory_mask
+        return x, mask, memory, memory_mask
+
+    for layer in model.decoder:
+        layer.register_forward_pre_hook(unmask)
+    if "positions" in off:
+        model.positions.zero_()
+    if "√d_model" in off:
+        model.embedding.register_forward_hook(lambda _, __, x: x / math.sqrt(x.shape[-1]))
+    if head:
+        remove_head(cast(MultiHeadAttention, model.get_submodule(head[0])), head[1])
+    return model
+
+
+@torch.inference_mode()
+def write_slowly(model: Transformer, source: Tensor, limit: int = 12) -> tuple[Tensor, Tensor]:
+    """Generate as transformer.generate does, with no cache: what a mask hides is there to be seen.
+
+    Return the tokens (B, limit), and the probabilities (B, limit, V) from which each was chosen.
+    """
+    memory, memory_mask = model.eval().encode(source), padding_mask(source, PAD)
+    target, probabilities = torch.full((len(source), 1), BOS, device=source.device), []
+    for _ in range(limit):
+        probabilities.append(model.decode(target, memory, memory_mask)[:, -1].softmax(dim=-1))
+        target = torch.cat((target, probabilities[-1].argmax(dim=-1, keepdim=True)), dim=1)
+    return target[:, 1:], torch.stack(probabilities, dim=1)
+
+
+def letter(token: int, vocabulary: dict[str, int]) -> str:
+    """Return the character of a token, or what it stands for."""
+    characters = {i: c for c, i in vocabulary.items()} | {PAD: "pad", BOS: "start", EOS: "end"}
+    return characters.get(token, "?")
+
+
+def spell(tokens: Sequence[int], vocabulary: dict[str, int]) -> str:
+    """Return the characters of tokens up to EOS."""
+    ids = [*tokens, EOS]
+    characters = {i: c for c, i in vocabulary.items()}
+    return "".join(characters.get(i, "?") for i in ids[: ids.index(EOS)])
+
+
+def share_exact(model: Transformer, vocabulary: dict[str, int], pairs: Sequence[Pair]) -> float:
+    """Return the share of dates that are read exactly."""
+    sources = [encode(text, vocabulary) for text, _ in pairs]
+    source = pad_sequence(sources, batch_first=True, padding_value=PAD)
+    tokens, _ = write_slowly(model, source)
+    return evaluate(pairs, [spell(row, vocabulary) for row in tokens.tolist()])
+
+
+@torch.inference_mode()
+def look_inside(model: Transformer, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return the weights (H, T, S) of each attention, by its name, for one source and target."""
+    kept: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, MultiHeadAttention):
+
+            def keep(heads: Any, inputs: tuple[Tensor, ...], _: Tensor, name: str = name) -> None:
+                kept[name] = heads.weights(*inputs)[0]
+
+            hooks.append(module.register_forward_hook(keep))
+    model.eval()(source, target)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+class Branch(NamedTuple):
+    """An unfinished target of a beam search."""
+
+    tokens: tuple[int, ...]  # after BOS
+    log_p: float
+    ended: float  # log P if EOS came next
+    score: float  # that, by equation 14 of Wu et al. 2016
+
+
+def watch_beam(
+    model: Transformer, source: Tensor, beam: int, alpha: float
+) -> tuple[list[int], list[list[Branch]]]:
+    """Search with beam_search; return the target it finds, and its branches at each step."""
+    steps: list[list[Branch]] = []
+
+    def decode(target: Tensor, memory: Tensor, memory_mask: Tensor, start: int = 0) -> Tensor:
+        logits = model.decode(target, memory, memory_mask, start)
+        log_p = logits.log_softmax(dim=-1)  # (beam, T, V)
+        sums = log_p[:, :-1].gather(-1, target[:, 1:, None]).sum(dim=(1, 2))
+        ended = sums + log_p[:, -1, EOS]
+        scores = ended / ((5 + target.shape[1]) / 6) ** alpha
+        rows = zip(
+            target[:, 1:].tolist(), sums.tolist(), ended.tolist(), scores.tolist(), strict=True
+        )
+        step = {tuple(tokens): Branch(tuple(tokens), *numbers) for tokens, *numbers in rows}
+        steps.append([*step.values()])  # the first rows are all alike
+        return logits
+
+    watched = cast(Any, copy.copy(model))
+    watched.decode = decode
+    (found,) = beam_search(watched, source, beam, alpha, use_cache=False)
+    return found, steps

@@ -1,0 +1,137 @@
+"""What explore.py shows: networks from runs/ or trained on the spot, and what one gives them."""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+from unicodedata import normalize
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import attention
+import transformer
+from dates import sample_dates, split_days
+from photo import open_photo, prepare
+
+PAIR_STEPS, DATE_EPOCHS = 500, 2  # as attention.py, and two thirds of what transformer.py does
+DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
+LONGEST = 60  # characters of a date; those of the 26 languages are shorter
+PADS = 4  # behind a date, as if it were in a batch with a longer one
+Model = TypeVar("Model")
+
+
+@contextmanager
+def counting(model: nn.Module, tick: Callable[[], object]) -> Iterator[None]:
+    """Call `tick` at each call of the model, which training calls once per step."""
+    hook = model.register_forward_pre_hook(lambda *_: tick() and None)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def save(path: Path, model: nn.Module, about: dict[str, str] | None = None) -> None:
+    """Save a network; make its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    transformer.write(path, safetensors.torch.save(model.state_dict(), about))
+
+
+def train_pairs(path: Path, tick: Callable[[], object], steps: int = PAIR_STEPS) -> None:
+    """Train and save the two heads of attention.py."""
+    model = attention.PairFinder(2)
+    with counting(model, tick):
+        attention.train(model, steps)
+    save(path, model)
+
+
+def train_dates(path: Path, tick: Callable[[], object], epochs: int = DATE_EPOCHS) -> None:
+    """Train and save the network of transformer.py."""
+    days, _, _ = split_days()
+    vocabulary = transformer.make_vocabulary(sample_dates(days[:20_000], Random(0)))
+    model = transformer.Transformer(4 + len(vocabulary), transformer.Sizes())
+    with counting(model, tick):
+        list(transformer.train(model, vocabulary, epochs, seed=0))
+    save(path, model, {"characters": "".join(vocabulary)})
+
+
+def open_pairs(path: Path) -> attention.PairFinder:
+    """Read the two heads that attention.py saved. Raises OSError if `path` is something else."""
+    model = attention.PairFinder(2)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except Exception as error:  # a broken file fails in many ways
+        raise OSError(f"{str(path)!r} is not a model saved by attention.py") from error
+    return model.eval()
+
+
+def open_first(
+    paths: Sequence[Path], open_one: Callable[[Path], Model]
+) -> tuple[Model | None, str]:
+    """Return the first network that opens, or None, and what is wrong with those before it."""
+    broken: list[str] = []
+    for path in paths:
+        try:
+            return open_one(path), " ".join(broken)
+        except OSError as error:
+            broken += [f"{error}."] if path.exists() else []
+    return None, " ".join(broken) or f"There is no network in {str(paths[0])!r} yet."
+
+
+def read_losses(runs: Path) -> dict[str, dict[str, list[float]]]:
+    """Return the losses by epoch of all runs, by the names of their folders."""
+    losses = {}
+    for path in sorted(runs.glob("*/metrics.json")):
+        try:
+            rows = json.loads(path.read_text())["epochs"]
+            if isinstance(rows[0], dict):
+                names = ["training_loss", "validation_loss"]
+            else:  # of transformer.py: loss, accuracy, seconds
+                names, rows = ["training_loss"], [{"training_loss": row[0]} for row in rows]
+            lines = {name: [float(row[name]) for row in rows] for name in names}
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # the metrics of something else, or broken ones
+        losses[path.parent.name] = lines
+    return losses
+
+
+def classify(content: bytes, path: Path) -> tuple[Tensor, dict[str, float]]:
+    """Return what the network in `path` sees of a photo, (28, 28), and its probabilities by class.
+
+    Raises OSError if there is no network, and ValueError if there is no garment in the photo.
+    """
+    script = importlib.import_module("fashion-mnist")
+    model = script.load_model(path)
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder, "photo")
+        photo.write_bytes(content)
+        try:
+            image = prepare(open_photo(photo))
+        except Exception as error:  # Pillow's decoders raise all kinds for a broken file
+            raise ValueError(
+                f"This is no photo of a garment: {error}".partition("\n")[0]
+            ) from error
+    probabilities = script.predict(model, image.unsqueeze(0)).softmax(dim=1)[0]
+    return image, dict(zip(script.CLASSES, probabilities.tolist(), strict=True))
+
+
+def split_words(sentence: str) -> tuple[list[str], str]:
+    """Return the words of a sentence, and what is wrong with it."""
+    words = [word[:20] for word in normalize("NFC", sentence).split()]
+    if 1 <= len(words) <= attention.MAX_WORDS:
+        return words, ""
+    return [], f"Write 1 to {attention.MAX_WORDS} words; these are {len(words)}."
+
+
+def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, str]:
+    """Return a date as a source (1, S) with padding, or None, and what is wrong with it."""
+    if not 1 <= len(text) <= LONGEST or text.isspace():
+        return None, f"Write a date of 1 to {LONGEST} characters; these are {len(text.strip())}."
+    unknown = " ".join(sorted(set(text) - set(vocabulary)))
+    tokens = transformer.encode(text, vocabulary).tolist() + [transformer.PAD] * PADS
+    return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."
