@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "list":
             show_list(state, tasks)
             return 0
+        state.started = [name for name in state.started if name in tasks]
         refresh(state, tasks)
         if args.command == "start":
             rest = [name for name in tasks if name not in state.done] or list(tasks)
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state.current = args.name or state.current
         if state.current not in state.started:
             raise OSError(f"start one first: {advice(state, tasks)}")
+        write_state(state)
         task = tasks[state.current]
         if args.command == "hint":
             show_hint(task, state)

@@ -1,4 +1,5 @@
 import ast
+import os
 import re
 import sys
 import textwrap
@@ -435,6 +436,15 @@ def test_a_copy_that_does_not_parse_or_lacks_the_function_is_said(run, place):
     path.unlink()
     status, out = run("check")
     assert (status, "start one first" in out) == (1, True)
+
+
+def test_what_the_scripts_import_is_copied_too(run, place):
+    run("start", "mask")
+    copied = {path.name for path in (place / "practice").glob("*.py")}
+    assert {"attention.py", "transformer.py", "cache.py", "dates.py", "photo.py"} <= copied
+    assert not {"practice.py", "judge.py", "explore.py"} & copied
+    for path in (place / "practice").glob("*.py"):
+        assert path.stat().st_mode & 0o100 or os.name == "nt"
 
 
 def test_a_task_has_a_number_and_the_next_one_needs_no_name(run):
