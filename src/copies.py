@@ -7,6 +7,7 @@ another name, before anything in it is replaced.
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 from holes import SOURCES, Task, carry
 
 PRACTICE = SOURCES.parent / "practice"
-OWN = ("copies.py", "explore.py", "holes.py", "judge.py", "practice.py")  # not to practice on
 
 
 @dataclass
@@ -75,10 +75,20 @@ def keep(path: Path) -> Path:
     return old
 
 
+def scripts(tasks: dict[str, Task]) -> list[str]:
+    """Return the scripts of the tasks, and those that they import."""
+    found = [*dict.fromkeys(task.script for task in tasks.values())]
+    for name in found:  # which grows
+        imports = re.findall(r"^(?:from|import) (\w+)", read(SOURCES / name), re.MULTILINE)
+        others = (f"{module}.py" for module in imports if (SOURCES / f"{module}.py").exists())
+        found += [other for other in dict.fromkeys(others) if other not in found]
+    return found
+
+
 def refresh(state: State, tasks: dict[str, Task]) -> None:
     """Copy the scripts that aren't in practice/ yet, or have changed, with what a person wrote."""
     PRACTICE.mkdir(exist_ok=True)
-    for name in sorted(path.name for path in SOURCES.glob("*.py") if path.name not in OWN):
+    for name in scripts(tasks):
         path, source = PRACTICE / name, read(SOURCES / name)
         digest, before = hashlib.sha256(source.encode()).hexdigest(), state.hashes.get(name)
         mine = {tasks[task].function for task in state.started if tasks[task].script == name}

@@ -15,7 +15,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-SOURCES = Path(__file__).resolve().parent
+from holes import SOURCES, mend
+
 ROOT = SOURCES.parent
 FORK = sys.platform == "linux"  # elsewhere the libraries do not all survive it
 SECONDS = 15 if FORK else 90  # with the imports, where they come anew
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     path: Path  # of the copy; the script in src/ has the same name
     function: str  # its qualified name, or nothing if its calls say nothing
     tests: list[str]
+    others: tuple[str, ...] = ()  # functions which are not judged; the reference takes their place
 
     @property
     def test_file(self) -> Path:
@@ -109,11 +111,11 @@ class Watcher:
         return watched
 
 
-def load(name: str, path: Path) -> ModuleType:
+def load(name: str, path: Path, others: Iterable[str] = ()) -> ModuleType:
     """Import a copy of a script as the module `name`. It takes its data to be beside src/."""
     module = sys.modules[name] = ModuleType(name)
     module.__file__ = str(SOURCES / path.name)
-    exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    exec(compile(mend(path, others), path, "exec"), vars(module))
     return module
 
 
@@ -250,7 +252,7 @@ def examine(case: Case, sender: Connection) -> None:
             del sys.modules[name]
     watcher, status = Watcher(), 1
     try:
-        module = load(case.path.stem, case.path)
+        module = load(case.path.stem, case.path, case.others)
         if case.function.partition(".")[0] not in ("", *vars(module)):
             raise NameError(f"there is no {case.function} any more")
         with contextlib.suppress(KeyError, TypeError):  # a function inside a function

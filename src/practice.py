@@ -64,7 +64,10 @@ def show_task(task: Task) -> None:
 
 def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
     """Judge what a person wrote, and print the verdict; return the exit status."""
-    case = Case(PRACTICE / task.script, task.function if task.alone else "", task.tests)
+    started = [tasks[name] for name in state.started if tasks[name].script == task.script]
+    others = {other.function for other in started} - {task.function}
+    watched = task.function if task.alone else ""
+    case = Case(PRACTICE / task.script, watched, task.tests, tuple(sorted(others)))
     warm_up(case)
     passed, lines = judge(case)
     if passed:
@@ -100,7 +103,9 @@ def show_hint(task: Task, state: State) -> None:
     state.hints[task.name] = given
     write_state(state)
     for number, hint in enumerate(task.hints[:given], start=1):
-        print(textwrap.indent(f"{number}. {hint.strip()}", "  "))
+        print(
+            textwrap.fill(f"{number}. {hint}", 96, initial_indent="  ", subsequent_indent="     ")
+        )
     more = "hint says more" if given < len(task.hints) else "solution shows what stands there"
     print(f"\nNext: check; {more}", flush=True)
 
@@ -164,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "list":
             show_list(state, tasks)
             return 0
+        state.started = [name for name in state.started if name in tasks]
         refresh(state, tasks)
         if args.command == "start":
             rest = [name for name in tasks if name not in state.done] or list(tasks)
@@ -172,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state.current = args.name or state.current
         if state.current not in state.started:
             raise OSError(f"start one first: {advice(state, tasks)}")
+        write_state(state)
         task = tasks[state.current]
         if args.command == "hint":
             show_hint(task, state)
