@@ -85,33 +85,29 @@ def _(d_k, sentence):
     words, problem = trained.split_words(sentence.value)
     _x, _head = switches.draw_sentence(words or ["-"], d_k.value)
     drawn = {"Q": _head.W_q(_x), "K": _head.W_k(_x), "V": _head.W_v(_x)}
-    matrices = mo.ui.dictionary(
-        {
-            name: mo.ui.matrix(M[:, :4], step=0.1, precision=2, row_labels=words, label=name)
-            for name, M in drawn.items()
-            if words
-        }
+    Q, K, V = (
+        mo.ui.matrix(M[:, :4], step=0.1, precision=2, row_labels=words or ["-"], label=name)
+        for name, M in drawn.items()
     )
     _places = {f"{i + 1}. {word}": i for i, word in enumerate(words or ["-"])}
     followed = mo.ui.dropdown(_places, [*_places][min(1, len(_places) - 1)], label="Follow")
-    return drawn, followed, matrices, problem, words
+    return K, Q, V, drawn, followed, problem, words
 
 
 @app.cell
-def _(d_k, followed, matrices, page, problem):
+def _(K, Q, V, d_k, followed, page, problem):
     mo.stop(page.value != FORMULA)
     mo.stop(problem, mo.callout(problem, "warn"))
     _note = f" Of the {d_k.value} columns of Q and K, these are 4." if d_k.value > 4 else ""
     _how = mo.md(f"Drag a number, or press Enter on it and type.{_note}")
-    mo.vstack([_how, line_up(*matrices.elements.values()), followed])
+    mo.vstack([_how, line_up(Q, K, V), followed])
 
 
 @app.cell
-def _(by_row, drawn, followed, mask, matrices, page, problem, scaled, words):
+def _(K, Q, V, by_row, drawn, followed, mask, page, problem, scaled, words):
     mo.stop(page.value != FORMULA or problem)
-    _first = {name: torch.tensor(rows) for name, rows in matrices.value.items()}
-    _Q, _K = (torch.cat((_first[name], drawn[name][:, 4:]), dim=1).double() for name in "QK")
-    _V = _first["V"].double()
+    _Q, _K, _V = (torch.tensor(matrix.value).double() for matrix in (Q, K, V))
+    _Q, _K = (torch.cat((M, drawn[n][:, 4:]), dim=1) for n, M in (("Q", _Q), ("K", _K)))
     _steps = switches.attend(_Q, _K, _V, scaled.value, mask.value, by_row.value)
     _sums = torch.cat((_steps.weights, _steps.weights.sum(dim=1, keepdim=True)), dim=1)
     _faults = switches.name_faults(_steps.weights, mask.value)
@@ -208,18 +204,18 @@ def _(page, pairs, without):
 @app.cell
 def _():
     date = mo.ui.text("12 de octubre de 1968", label="A date", full_width=True)
-    parts = mo.ui.dictionary({name: mo.ui.switch(True, label=name) for name in switches.PARTS})
+    positions, causal, memory, root = (mo.ui.switch(True, label=x) for x in switches.PARTS)
     _heads = {"none": None} | switches.name_heads(Transformer(4, Sizes()))
     off_head = mo.ui.dropdown(_heads, "none", label="Head switched off")
     learn_dates = mo.ui.run_button(label="Train a Transformer here (about a minute)")
-    return date, learn_dates, off_head, parts
+    return causal, date, learn_dates, memory, off_head, positions, root
 
 
 @app.cell
-def _(date, off_head, page, parts):
+def _(causal, date, memory, off_head, page, positions, root):
     mo.stop(page.value not in (TRANSFORMER, SEARCH))
-    _controls = [line_up(*parts.elements.values(), off_head)] if page.value == TRANSFORMER else []
-    mo.vstack([date, *_controls])
+    _controls = line_up(positions, causal, memory, root, off_head)
+    mo.vstack([date, _controls] if page.value == TRANSFORMER else [date])
 
 
 @app.cell
@@ -236,11 +232,12 @@ def _(learn_dates, page, runs):
 
 
 @app.cell
-def _(date, network, off_head, page, parts, vocabulary):
+def _(causal, date, memory, network, off_head, page, positions, root, vocabulary):
     mo.stop(page.value != TRANSFORMER or network is None)
     source, _problem = trained.encode_date(date.value, vocabulary)
     mo.stop(source is None, mo.callout(_problem, "warn"))
-    _off = [name for name, on in parts.value.items() if not on]
+    _parts = zip(switches.PARTS, (positions, causal, memory, root), strict=True)
+    _off = [name for name, switch in _parts if not switch.value]
     changed = switches.switch_off(network, _off, off_head.value)
     _tokens, _probabilities = switches.write_slowly(changed, source)
     answer = switches.spell(_tokens[0].tolist(), vocabulary)

@@ -105,14 +105,14 @@ def test_a_sentence_that_is_none_is_answered_by_a_sentence(runs):
 
 def test_a_date_that_is_none_is_answered_by_a_sentence(runs):
     others = {"off_head": control(None), "learn_dates": control(False)}
-    parts = SimpleNamespace(value=dict.fromkeys(switches.PARTS, True), elements={})
+    others |= dict.fromkeys(("positions", "causal", "memory", "root"), control(True))
     for text, problem in (
         ("", "these are 0"),
         ("1" * 61, "these are 61"),
         ("ᚠᚢ", "never seen ᚠ ᚢ before"),
     ):
         for page in ("Transformer", "Search"):
-            shown = show(page, runs, date=control(text), parts=parts, **others)
+            shown = show(page, runs, date=control(text), **others)
             assert problem in shown or (page == "Search" and "ᚠ" in text)
 
 
@@ -303,6 +303,7 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
         source, _ = trained.encode_date(DATE, vocabulary)
         _, steps = switches.watch_beam(network, source, beam, alpha)
         ended = sorted((b for step in steps for b in step), key=lambda branch: -branch.score)[:5]
+        print(beam, alpha, upto)
         page.get_by_role("row").filter(has_text=f"{ended[0].score:.2f}").first.wait_for()
         nodes = sum(map(len, steps[:upto]))
         page.wait_for_function(f"document.querySelectorAll('svg tspan').length == {nodes}")
