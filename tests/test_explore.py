@@ -37,6 +37,8 @@ def runs(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformer.Transformer(4 + len(vocabulary), transformer.Sizes())
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)  # so that answers differ from date to date
         for name, network, about in (
             ("attention", attention.PairFinder(2), None),
             ("fashion-mnist", script.Classifier(), None),
@@ -295,6 +297,7 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
     page = visit.page
     network, vocabulary = transformer.open_model(runs / "transformer/model.safetensors")
     visit.turn_to("Search")
+    page.get_by_role("table", name="Finished").wait_for()  # the date before is gone
     date = page.get_by_label("A date")
     date.fill(DATE)
     visit.press(date, "Enter")
@@ -303,7 +306,6 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
         source, _ = trained.encode_date(DATE, vocabulary)
         _, steps = switches.watch_beam(network, source, beam, alpha)
         ended = sorted((b for step in steps for b in step), key=lambda branch: -branch.score)[:5]
-        print(beam, alpha, upto)
         page.get_by_role("row").filter(has_text=f"{ended[0].score:.2f}").first.wait_for()
         nodes = sum(map(len, steps[:upto]))
         page.wait_for_function(f"document.querySelectorAll('svg tspan').length == {nodes}")
