@@ -8,7 +8,6 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +19,7 @@ import transformer
 from dates import sample_dates, split_days
 
 pytest.importorskip("marimo")
+psutil = pytest.importorskip("psutil")  # which marimo brings
 explore = importlib.import_module("explore")
 screens = importlib.import_module("screens")
 
