@@ -250,14 +250,6 @@ def _(causal, date, memory, network, off_head, page, positions, root, vocabulary
 
 
 @app.cell
-def _(answer, changed, date, page, source, step, vocabulary):
-    mo.stop(page.value != TRANSFORMER)
-    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
-    _weights = switches.look_inside(changed, source, _target)
-    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
-
-
-@app.cell
 def _(network, page, vocabulary):
     mo.stop(page.value != TRANSFORMER or network is None)
     unseen = sample_dates(split_days()[2][:200], Random(2))
@@ -275,9 +267,17 @@ def _(changed, page, unseen, vocabulary, whole):
 
 
 @app.cell
+def _(answer, changed, date, page, source, step, vocabulary):
+    mo.stop(page.value != TRANSFORMER)
+    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
+    _weights = switches.look_inside(changed, source, _target)
+    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
+
+
+@app.cell
 def _():
     beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
-    alpha = mo.ui.slider(0, 2, step=0.1, value=0.6, label="length penalty", show_value=True)
+    alpha = mo.ui.slider(0, 1, step=0.1, value=0.6, label="length penalty", show_value=True)
     upto = mo.ui.slider(1, 12, value=12, label="steps", show_value=True)
     photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
     return alpha, beam, photo, upto

@@ -275,7 +275,7 @@ def test_in_the_browser_the_transformer_follows_each_switch(visit, runs):
         visit.switch(part)
         follow(DATE, [part])
         visit.switch(part)
-    visit.choose("Head switched off", "decoder 1 cross attention, head 2")
+    visit.choose("Head switched off", "decoder layer 2, cross attention, head 2")
     follow(DATE, (), ("decoder.1.cross_attention", 1))
     visit.choose("Head switched off", "none")
     date = page.get_by_label("A date")
