@@ -23,7 +23,7 @@ with app.setup:
     import trained
     from attention import SENTENCE, positional_encoding
     from dates import sample_dates, split_days
-    from pictures import heat, plot, side_by_side
+    from pictures import heat, number, plot, side_by_side
     from transformer import (
         BATCHES,
         BOS,
@@ -299,7 +299,7 @@ def _(alpha, beam, date, network, page, upto, vocabulary):
     _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
     _ended = sorted((b for step in _steps for b in step), key=lambda branch: -branch.score)[:5]
     _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
-    _texts = [(f"{b.ended:.2f}", str(len(b.tokens) + 1), f"{b.score:.2f}") for b in _ended]
+    _texts = [(number(b.ended), str(len(b.tokens) + 1), number(b.score)) for b in _ended]
     _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length", "score"]
     _tables = side_by_side(
         pictures.tree(_steps[: upto.value], _found, vocabulary),
