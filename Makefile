@@ -35,6 +35,9 @@ explore: $(EXPLORE_READY)
 
 explore-ready: $(EXPLORE_READY)
 
+screens: $(EXPLORE_READY)
+	$(POETRY) run docs/screens.py
+
 test: $(VENV_READY)
 	$(POETRY) run pytest
 
@@ -94,4 +97,4 @@ $(EXPLORE_READY): $(VENV_READY)
 	@POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install --only explore
 	@touch $@
 
-.PHONY: help demo explore explore-ready test test-all lint bench docs clean
+.PHONY: help demo explore explore-ready screens test test-all lint bench docs clean

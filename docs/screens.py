@@ -68,15 +68,18 @@ def main() -> int:
         print(f"screens.py: none of {', '.join(NAMES)} is there", file=sys.stderr)
         return 1
     with serving(DOCS.parent / "runs") as (_, address), browsing() as browser:
-        page = browser.new_page(viewport={"width": 1100, "height": 1200})
+        page = browser.new_page(viewport={"width": 1150, "height": 1300})
         open_page(page, address)
         page.get_by_label("Mask").select_option("causal, added as 1 and 0")
         page.get_by_text("The future leaks").wait_for()
         page.screenshot(path=DOCS / "explore-formula.png")
         page.get_by_role("tab", name="Transformer").click()
-        page.get_by_label("Head switched off").select_option("decoder 0 self attention, head 2")
-        page.get_by_role("table", name="Share of 200").wait_for(timeout=60_000)
-        page.set_viewport_size({"width": 1100, "height": 1600})
+        page.get_by_role("table", name="Share of 200").wait_for()
+        head = "decoder layer 1, self attention, head 2"
+        page.get_by_label("Head switched off").select_option(head)
+        page.get_by_text("Reading 200 dates").wait_for()
+        page.get_by_role("table", name="Share of 200").wait_for()
+        page.set_viewport_size({"width": 1150, "height": 1560})
         page.screenshot(path=DOCS / "explore-transformer.png")
     return 0
 

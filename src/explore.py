@@ -23,7 +23,7 @@ with app.setup:
     import trained
     from attention import SENTENCE, positional_encoding
     from dates import sample_dates, split_days
-    from pictures import heat, plot, side_by_side
+    from pictures import heat, number, plot, side_by_side
     from transformer import (
         BATCHES,
         BOS,
@@ -250,14 +250,6 @@ def _(causal, date, memory, network, off_head, page, positions, root, vocabulary
 
 
 @app.cell
-def _(answer, changed, date, page, source, step, vocabulary):
-    mo.stop(page.value != TRANSFORMER)
-    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
-    _weights = switches.look_inside(changed, source, _target)
-    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
-
-
-@app.cell
 def _(network, page, vocabulary):
     mo.stop(page.value != TRANSFORMER or network is None)
     unseen = sample_dates(split_days()[2][:200], Random(2))
@@ -275,9 +267,17 @@ def _(changed, page, unseen, vocabulary, whole):
 
 
 @app.cell
+def _(answer, changed, date, page, source, step, vocabulary):
+    mo.stop(page.value != TRANSFORMER)
+    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
+    _weights = switches.look_inside(changed, source, _target)
+    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
+
+
+@app.cell
 def _():
     beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
-    alpha = mo.ui.slider(0, 2, step=0.1, value=0.6, label="length penalty", show_value=True)
+    alpha = mo.ui.slider(0, 1, step=0.1, value=0.6, label="length penalty", show_value=True)
     upto = mo.ui.slider(1, 12, value=12, label="steps", show_value=True)
     photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
     return alpha, beam, photo, upto
@@ -299,7 +299,7 @@ def _(alpha, beam, date, network, page, upto, vocabulary):
     _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
     _ended = sorted((b for step in _steps for b in step), key=lambda branch: -branch.score)[:5]
     _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
-    _texts = [(f"{b.ended:.2f}", str(len(b.tokens) + 1), f"{b.score:.2f}") for b in _ended]
+    _texts = [(number(b.ended), str(len(b.tokens) + 1), number(b.score)) for b in _ended]
     _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length", "score"]
     _tables = side_by_side(
         pictures.tree(_steps[: upto.value], _found, vocabulary),

@@ -25,7 +25,8 @@ html {font-size: 16px;}
 .scroll table {border-collapse: collapse;}
 .scroll caption {text-align: left; font-weight: bold; padding: 6px 0; white-space: nowrap;}
 .scroll th {font-weight: normal; padding: 2px 5px; text-align: right; white-space: nowrap;}
-.scroll td {padding: 3px 5px; text-align: right; min-width: 25px; height: 24px;}
+.scroll td {padding: 3px 5px; text-align: right; white-space: nowrap; min-width: 25px;
+  height: 24px;}
 .scroll figcaption {font-weight: bold; padding: 6px 0;}
 </style>"""
 

@@ -139,14 +139,16 @@ def score_pairs(model: PairFinder, without: int | None) -> tuple[Tensor, str, Te
     return model.weights(digits[:1])[0], "".join(map(str, digits[0].tolist())), shares
 
 
-def name_heads(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Name each head of a model: the attention it is in, and its number there."""
-    return {
-        f"{name.replace('.', ' ').replace('_', ' ')}, head {head + 1}": (name, head)
-        for name, module in model.named_modules()
-        if isinstance(module, MultiHeadAttention)
-        for head in range(module.num_heads)
-    }
+def name_heads(model: Transformer) -> dict[str, tuple[str, int]]:
+    """Name each head for people, and say the name of its attention, and its number there."""
+    names = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MultiHeadAttention):
+            side, layer, kind = name.split(".")
+            for head in range(module.num_heads):
+                where = f"{side} layer {int(layer) + 1}, {kind.replace('_', ' ')}, head {head + 1}"
+                names[where] = name, head
+    return names
 
 
 def switch_off(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import attention
+import pictures
 import switches
 import trained
 import transformer
@@ -275,7 +276,7 @@ def test_in_the_browser_the_transformer_follows_each_switch(visit, runs):
         visit.switch(part)
         follow(DATE, [part])
         visit.switch(part)
-    visit.choose("Head switched off", "decoder 1 cross attention, head 2")
+    visit.choose("Head switched off", "decoder layer 2, cross attention, head 2")
     follow(DATE, (), ("decoder.1.cross_attention", 1))
     visit.choose("Head switched off", "none")
     date = page.get_by_label("A date")
@@ -306,7 +307,7 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
         source, _ = trained.encode_date(DATE, vocabulary)
         _, steps = switches.watch_beam(network, source, beam, alpha)
         ended = sorted((b for step in steps for b in step), key=lambda branch: -branch.score)[:5]
-        page.get_by_role("row").filter(has_text=f"{ended[0].score:.2f}").first.wait_for()
+        page.get_by_role("row").filter(has_text=pictures.number(ended[0].score)).first.wait_for()
         nodes = sum(map(len, steps[:upto]))
         page.wait_for_function(f"document.querySelectorAll('svg tspan').length == {nodes}")
 

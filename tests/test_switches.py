@@ -147,7 +147,7 @@ def test_pairs_are_scored_as_attention_scores_them():
 def test_every_head_has_a_name(model):
     names = S.name_heads(model)
     assert len(names) == 2 * 4 + 2 * 2 * 4
-    assert names["decoder 1 cross attention, head 2"] == ("decoder.1.cross_attention", 1)
+    assert names["decoder layer 2, cross attention, head 2"] == ("decoder.1.cross_attention", 1)
 
 
 def test_each_part_matters_and_the_model_stays_as_it_was(model, source):

@@ -212,13 +212,12 @@ def test_a_layer_norm_by_hand():
 
 def test_a_beam_by_hand():
     diagrams = importlib.import_module("diagrams")
-    page = "5-translation.md"
-    a, the = find(page, "After the first word, *a* has log P =", ". After the second")
-    one, two, total = find(page, "*a dog* has", ", and *the dog*")
-    three, four, best = find(page, "and *the dog* has", ". Greedy")
-    first, second = diagrams.FIRST, diagrams.SECOND
-    assert (a, the) == (one, three)
-    assert (one, three) == pytest.approx([math.log(first[w]) for w in ("a", "the")], abs=0.005)
-    assert -abs(two) == pytest.approx(math.log(second["a"]["dog"]), abs=0.005)
-    assert -abs(four) == pytest.approx(math.log(second["the"]["dog"]), abs=0.005)
-    assert (total, best) == pytest.approx((one - abs(two), three - abs(four)), abs=0.011)
+    page, first, second = "5-translation.md", diagrams.FIRST, diagrams.SECOND
+    a, the = find(page, "After the first word, *a* has probability", ". After the second")
+    one, dog, total = find(page, "*a dog* has", ", and *the dog*")
+    two, best_dog, best = find(page, "and *the dog* has", "; their logarithms")
+    logarithms = find(page, "their logarithms are", ". Greedy")
+    assert (a, the) == (one, two) == (first["a"], first["the"])
+    assert (dog, best_dog) == (second["a"]["dog"], second["the"]["dog"])
+    assert (total, best) == pytest.approx((one * dog, two * best_dog))
+    assert logarithms == pytest.approx([math.log(total), math.log(best)], abs=0.005)
