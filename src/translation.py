@@ -2,7 +2,7 @@
 """The Transformer learns to translate: all that real work adds to it.
 
 Run `poetry run src/translation.py`. It learns phrases that Babel makes in German and English, in
-about two minutes, or `--data DIR`, your own parallel text: train.de, val.de, test*.de and the same
+about four minutes, or `--data DIR`, your own parallel text: train.de, val.de, test*.de and the same
 with .en, one sentence per line, plain or gzipped, of any size. It saves a checkpoint every few
 minutes, after each epoch, at Ctrl-C and at SIGTERM (`--resume` continues), and tests the network.
 Results go to runs/translation/, where `--translate "vor 3 Tagen"` finds them.

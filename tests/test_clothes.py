@@ -54,9 +54,9 @@ def labels_file(folder):
     [
         (images_file, b"", "is broken"),
         (labels_file, b"", "is broken"),
-        (images_file, gzip.compress(idx(np.zeros((1200, 28, 28))))[:-9], "is broken"),
+        (images_file, gzip.compress(idx(np.zeros((1200, 28, 28))), mtime=0)[:-9], "is broken"),
         (images_file, b"a page that says 404", "is broken"),
-        (images_file, gzip.compress(b"a page that says 404"), "got 20 bytes"),
+        (images_file, gzip.compress(b"a page that says 404", mtime=0), "got 20 bytes"),
         (labels_file, idx(np.zeros(1200))[:-1], "got 1207 bytes"),
         (labels_file, idx(np.zeros(1200)) + b"\0", "got 1209 bytes"),
         (labels_file, b"\0\0\x0d\x01" + idx(np.zeros(1200))[4:], "got 1208 bytes"),
@@ -66,7 +66,7 @@ def labels_file(folder):
         (labels_file, idx(np.full(1200, 10)), "labels up to 10"),
         (
             images_file,
-            gzip.compress(idx(np.zeros((1200, 32, 32)))),
+            gzip.compress(idx(np.zeros((1200, 32, 32))), mtime=0),
             r"expected an IDX file of shape \(N, 28, 28\)",
         ),
     ],
@@ -83,8 +83,8 @@ def test_a_broken_file_is_named(folder, file, content, message):
 @pytest.mark.parametrize("count", [10_000, 2**32 - 1])
 def test_no_more_is_unpacked_than_the_header_announces(folder, monkeypatch, count):
     header = bytes([0, 0, 8, 3]) + np.array([count, 28, 28], ">u4").tobytes()
-    zeros = gzip.compress(bytes(50_000_000))
-    images_file(folder).write_bytes(gzip.compress(header) + zeros * 20)
+    zeros = gzip.compress(bytes(50_000_000), mtime=0)
+    images_file(folder).write_bytes(gzip.compress(header, mtime=0) + zeros * 20)
     monkeypatch.setattr(clothes, "MOST_IMAGES", 10_000)
     with pytest.raises(OSError, match="expected an IDX file") as caught:
         clothes.load(folder, train=True)
@@ -173,7 +173,7 @@ def test_a_file_is_read_right_or_refused(edits, start, stop, tail, whole, zipped
         content[position] = byte
     if not whole:
         content = content[start:stop] + tail
-    packed = gzip.compress(content)
+    packed = gzip.compress(content, mtime=0)
     packed = packed[: len(packed) - cut] if cut < 20 else packed
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images")
