@@ -19,7 +19,7 @@ help:
 	@echo 'make test-all   the same with the slow tests, which train to the end'
 	@echo 'make lint       set up, then check style, format and types'
 	@echo 'make bench      set up, then measure this beside its peers'
-	@echo 'make docs       set up, then run the scripts and draw the pictures of the README again'
+	@echo 'make docs       set up, then run the scripts, draw the pictures and fill the tables again'
 	@echo 'make clean      remove what was set up; the data and the results stay'
 	@echo 'Each takes PYTHON=python3.13 or the like; the default is python3.'
 
@@ -55,6 +55,7 @@ bench: $(VENV_READY)
 
 docs: demo
 	$(POETRY) run docs/diagrams.py
+	$(POETRY) run docs/changes.py
 	$(POETRY) run benchmarks/attention.py
 	cp runs/fashion-mnist/history.png docs/history.png
 	cp runs/fashion-mnist/confusion.png docs/confusion.png

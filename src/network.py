@@ -47,9 +47,9 @@ class Settings(Sizes):
     dropout: float = 0.2
     norm_first: bool = True
     vocab_size: int = 6000
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     part_tokens: int = 8192
-    warmup: int = 800
+    warmup: int = 1200
     epochs: int = 13
     average: int = 1
 
@@ -70,7 +70,8 @@ def flag(name: str) -> str:
 
 PRESETS = {
     "phrases": Settings(
-        d_model=128, num_layers=2, d_ff=256, dropout=0.0, vocab_size=600, warmup=400, epochs=2
+        d_model=128, num_layers=2, d_ff=256, dropout=0.0, vocab_size=600, batch_tokens=4096,
+        warmup=400, epochs=2,
     ),
     "small": Settings(),
     "base": Settings(  # table 3 and section 5 of the paper; 18 epochs of WMT 2014 are 100,000 steps

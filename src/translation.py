@@ -319,15 +319,15 @@ def finish_epoch(run: Run, validation: Corpus, out: Path) -> None:
     progress, settings = run.progress, run.settings
     progress.epoch, progress.batch = progress.epoch + 1, 0
     training_loss = progress.loss / progress.count
-    averaged = settings.average > 1
-    model = average_weights(run, out) if averaged else run.model
+    model = average_weights(run, out) if settings.average > 1 else run.model
     loss = evaluate(model, validation, settings.part_tokens)
     progress.rows.append(Epoch(progress.epoch, training_loss, loss, progress.seconds))
-    if loss < progress.best:
-        save_model(out / "model.safetensors", model, run.tokenizer, settings)
-        progress.best = loss
-    save_checkpoint(out / "checkpoint.pt", run)
-    save_metrics(run, {}, out)
+    with nullcontext() if progress.epoch == settings.epochs else going_on():
+        if loss < progress.best:
+            save_model(out / "model.safetensors", model, run.tokenizer, settings)
+            progress.best = loss
+        save_checkpoint(out / "checkpoint.pt", run)
+        save_metrics(run, {}, out)
 
 
 def fit(
@@ -344,18 +344,19 @@ def fit(
     while progress.epoch < run.settings.epochs:
         clock = time.monotonic()
         for stop in train_epoch(run, model, corpus, signals):
-            clock, progress.seconds = time.monotonic(), progress.seconds + time.monotonic() - clock
+            now = time.monotonic()
+            progress.seconds += now - clock
+            clock = now
             if first and stop:
                 save_checkpoint(out / "checkpoint.pt", run)
             if stop:
                 return
-            if first and clock - saved > 60 * minutes:
+            if first and now - saved > 60 * minutes:
                 with going_on():
                     save_checkpoint(out / "checkpoint.pt", run)
-                saved = clock
+                saved = now
         if first:
-            with nullcontext() if progress.epoch + 1 == run.settings.epochs else going_on():
-                finish_epoch(run, validation, out)
+            finish_epoch(run, validation, out)
             yield progress.rows[-1]
         else:
             progress.epoch, progress.batch = progress.epoch + 1, 0

@@ -424,6 +424,21 @@ def test_the_pair_finder_has_the_shapes_and_the_parameters_it_says():
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
+def test_the_pair_finder_normalizes_the_sum_of_words_and_attention():
+    torch.manual_seed(0)
+    model, digits = A.PairFinder(num_heads=2).double(), torch.randint(10, (3, A.LENGTH))
+    for parameter in model.norm.parameters():
+        nn.init.normal_(parameter)
+    x = model.embed(digits)
+    total = (x + model.attention(x, x, x)).detach().numpy()
+    p = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    mean, variance = total.mean(axis=-1, keepdims=True), total.var(axis=-1, keepdims=True)
+    normalized = (total - mean) / np.sqrt(variance + 1e-5) * p["norm.weight"] + p["norm.bias"]
+    expected = normalized @ p["to_logits.weight"].T + p["to_logits.bias"]
+    found = model(digits).detach().numpy()
+    np.testing.assert_allclose(found, expected.reshape(3, A.LENGTH, 2, 10), atol=1e-12)
+
+
 def test_without_positions_the_pair_finder_cannot_tell_places():
     torch.manual_seed(0)
     model, digits = A.PairFinder(num_heads=2), torch.randint(10, (4, A.LENGTH))

@@ -171,6 +171,15 @@ def test_a_picture_and_its_mirror_image_get_the_same_answer(sample):
     torch.testing.assert_close(fashion.predict(model, sample[0][:50].flip(-1)), logits)
 
 
+def test_logits_are_the_mean_of_those_of_an_image_and_of_its_mirror_image(sample):
+    torch.manual_seed(0)
+    model, images = fashion.Classifier(width=16).eval(), sample[0][:50]
+    with torch.no_grad():
+        both = np.stack([model(images).numpy(), model(images.flip(-1)).numpy()])
+    found = fashion.predict(model.train(), images).numpy()
+    np.testing.assert_allclose(found, both.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
 def test_shifted_and_scaled_pixels_train_the_same(sample):
     torch.manual_seed(0)
     layers, pixels = fashion.Classifier(width=16).double().layers, sample[0][:50].double().sqrt()
@@ -240,6 +249,18 @@ def test_the_mean_loss_is_that_of_each_picture():
     images = torch.zeros(103, 28, 28, dtype=torch.uint8)
     loss = train_epoch(model, images, labels, optimizer, batch_size=10)
     assert loss == pytest.approx(math.log(10))
+
+
+def test_the_loss_is_the_smoothed_cross_entropy_of_the_logits():
+    model, labels = Recorder(), torch.arange(10).repeat(3)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(10) / 3)  # the logits of every image
+    logits = np.arange(10) / 3
+    log_p = logits - np.log(np.exp(logits).sum())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    images = torch.zeros(30, 28, 28, dtype=torch.uint8)
+    loss = train_epoch(model, images, labels, optimizer, batch_size=10)
+    assert loss == pytest.approx(-log_p.mean())  # each label is there as often
 
 
 @pytest.mark.parametrize("where", ["training", "validation"])

@@ -15,7 +15,7 @@ from torch import nn
 import network as N
 from attention import causal_mask
 from conftest import SMALL, draw, make
-from transformer import PAD, Transformer
+from transformer import PAD, Sizes, Transformer
 
 
 class PyTorchs(nn.Module):
@@ -121,6 +121,16 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(wider[:, :6], expected, rtol=0, atol=1e-12)
     alone = model(source[1:, :3], target[1:, :4])
     torch.testing.assert_close(alone, expected[1:, :4], rtol=0, atol=1e-12)
+
+
+def test_a_pre_norm_layer_that_drops_its_sublayers_changes_nothing():
+    torch.manual_seed(0)
+    sizes, x, mask = Sizes(16, 2, 1, 24, dropout=1.0), torch.randn(2, 5, 16), causal_mask(5)
+    encoder, decoder = N.PreNormEncoderLayer(sizes), N.PreNormDecoderLayer(sizes)
+    assert torch.equal(encoder(x, mask), x)
+    assert torch.equal(decoder(x, mask, x, mask), x)
+    assert not torch.allclose(encoder.eval()(x, mask), x)
+    assert not torch.allclose(decoder.eval()(x, mask, x, mask), x)
 
 
 def test_dropout_is_for_training_only():

@@ -223,6 +223,23 @@ def test_no_step_of_no_process_draws_what_another_draws(monkeypatch):
     assert len(set(seeds)) == len(seeds)
 
 
+@pytest.mark.parametrize(("count", "world"), [(9, 2), (7, 3), (2, 4)])
+def test_the_shares_of_several_processes_have_together_the_gradient_of_one(
+    count, world, monkeypatch
+):
+    corpus, model = corpus_of(random_pairs(count)), make()
+    rows, labels = torch.arange(count), int((corpus.lengths[:, 1] - 1).sum())
+    loss = T.batch_loss(model, corpus, rows, smoothing=0.1)
+    expected = torch.autograd.grad(loss / labels, list(model.parameters()))
+    total = 0.0
+    for rank in range(world):  # one after the other, and none by DDP
+        monkeypatch.setattr(T, "rank_and_world", lambda rank=rank: (rank, world))
+        total += T.add_gradients(model, corpus, rows, labels, 10**6)
+    torch.testing.assert_close(total, loss.detach())
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad / world, gradient, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("part_tokens", [10**6, 60, 1])
 def test_the_gradient_of_parts_is_that_of_the_whole_batch(part_tokens):
     corpus, model = corpus_of(random_pairs(33)), make()
@@ -502,15 +519,12 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, 
 # As a person runs it
 
 
-def start(*arguments, torchrun=False, **options):
-    """Start the script, or two of it under torchrun."""
-    command = [sys.executable]
-    if torchrun:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(SCRIPT), *map(str, arguments), "--device", "cpu"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+def start(*arguments):
+    """Start the script in a process of its own."""
+    command = [sys.executable, str(SCRIPT), *map(str, arguments), "--device", "cpu"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen(command, env=environment, **pipes, **options)
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
@@ -877,23 +891,83 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_torchrun_trains_stops_and_resumes(trained, tmp_path):
-    arguments = ("--data", trained[0], *LONG)
-    process = start(*arguments, "--out", tmp_path / "stopped", torchrun=True)
-    assert any(re.match(r" +1 ", line) for line in process.stdout), process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode != 0
-    for out, resume in (("stopped", ["--resume"]), ("whole", [])):
-        process = start(*arguments, "--out", tmp_path / out, *resume, torchrun=True)
-        printed, error = process.communicate()
-        assert process.returncode == 0, error
-        assert printed.count(" parameters on ") == printed.count("Saved in ") == 1
-        assert "Traceback" not in error
-    expected = load(tmp_path / "whole")
-    for name, tensor in load(tmp_path / "stopped").items():
+def under_torchrun(*arguments, options=("--standalone", "--nproc-per-node", "2")):
+    """Start the script under torchrun: two of it, if not told otherwise."""
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT)]
+    command += [*map(str, arguments), "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, **pipes)
+
+
+def assert_same_weights(out, other):
+    expected = load(other)
+    for name, tensor in load(out).items():
         assert torch.equal(tensor, expected[name])
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(trained, tmp_path_factory):
+    """The folder of a run of two processes that was not stopped."""
+    out = tmp_path_factory.mktemp("whole of two")
+    process = under_torchrun("--data", trained[0], *LONG, "--out", out)
+    printed, error = process.communicate()
+    assert process.returncode == 0, error
+    assert printed.count(" parameters on ") == printed.count("Saved in ") == 1
+    return out
+
+
+def workers_of(process):
+    """Return the numbers of the processes that torchrun has started (Linux)."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(number) for number in children.split()]
+
+
+def wait_for_epoch(process):
+    assert any(re.match(r" +1 ", line) for line in process.stdout), process.stderr.read()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_stops_and_resumes(trained, whole_of_two, tmp_path):
+    arguments = ("--data", trained[0], *LONG, "--out", tmp_path)
+    process = under_torchrun(*arguments)
+    wait_for_epoch(process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode != 0
+    assert error.count("stopped; use --resume to continue\n") == 1
+    process = under_torchrun(*arguments, "--resume")
+    _, error = process.communicate()
+    assert (process.returncode, "Traceback" in error) == (0, False)
+    assert_same_weights(tmp_path, whole_of_two)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_is_started_again(trained, whole_of_two, tmp_path, rank):
+    process = under_torchrun(
+        "--data", trained[0], *LONG, "--out", tmp_path, "--save-minutes", 0,
+        options=("--standalone", "--nproc-per-node", "2", "--max-restarts", "3"),
+    )  # fmt: skip
+    wait_for_epoch(process)
+    os.kill(workers_of(process)[rank], signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert_same_weights(tmp_path, whole_of_two)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_with_two_processes(trained, whole_of_two, tmp_path):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    options += ("--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost")
+    arguments = ("--data", trained[0], *LONG, "--out", tmp_path)
+    agents = [under_torchrun(*arguments, options=options) for _ in range(2)]
+    for agent in agents:
+        _, error = agent.communicate()
+        assert agent.returncode == 0, error
+    assert_same_weights(tmp_path, whole_of_two)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,114 @@
+"""Cut holes into the scripts, and plant mistakes: exercises.toml says where.
+
+practice.py uses it. A function is found by its name, and a mistake by its exact text.
+"""
+
+import ast
+import textwrap
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """A function to write or a mistake to find: a table of exercises.toml."""
+
+    name: str
+    script: str
+    function: str  # its qualified name
+    tests: list[str]  # of the script's tests, those that judge it
+    hints: list[str]  # the last but one of an exercise is the formula
+    title: str = ""
+    chapter: str = ""  # of the course, if it is not named as the script
+    task: str = ""  # where the docstring doesn't say it
+    first: str = ""  # how the first and the last statement to write begin, if that is not
+    last: str = ""  # the whole body
+    alone: bool = True  # whether what it gives depends on nothing but its arguments
+    old: str = ""  # what stands
+    new: str = ""  # the mistake in its place
+    symptom: str = ""  # what one sees of the mistake
+
+
+def read_tasks() -> dict[str, Task]:
+    """Return the exercises in their order, then the mistakes, bug-1, bug-2 and so on, by name."""
+    tables = tomllib.loads((SOURCES / "exercises.toml").read_text(encoding="utf-8"))
+    exercises = [Task(**table) for table in tables["exercise"]]
+    bugs = [Task(name=f"bug-{n}", **table) for n, table in enumerate(tables["bug"], start=1)]
+    return {task.name: task for task in exercises + bugs}
+
+
+def find(node: ast.AST, name: str) -> ast.FunctionDef:
+    """Find a function by its qualified name. Raises LookupError if there is none."""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    for part in name.split("."):
+        inside = [child for child in ast.iter_child_nodes(node) if isinstance(child, kinds)]
+        node = next((child for child in inside if child.name == part), ast.Pass())
+    if not isinstance(node, ast.FunctionDef):
+        raise LookupError(f"there is no function {name}")
+    return node
+
+
+def find_body(source: str, name: str) -> tuple[int, str]:
+    """Return the number of the last line of a function, and its docstring."""
+    function = find(ast.parse(source), name)
+    return function.end_lineno or 0, ast.get_docstring(function) or ""
+
+
+def function_lines(source: str, name: str) -> slice:
+    """Return which lines of a source are the function, with its decorators."""
+    function = find(ast.parse(source), name)
+    first = min([function.lineno, *(node.lineno for node in function.decorator_list)])
+    return slice(first - 1, function.end_lineno)
+
+
+def hole_lines(source: str, task: Task) -> slice:
+    """Return which lines are to be written: all after the docstring, or from `first` to `last`."""
+    function = find(ast.parse(source), task.function)
+    statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
+    if not task.first:
+        documented = ast.get_docstring(function) is not None
+        before = function.body[0].end_lineno if documented else function.body[0].lineno - 1
+        return slice(before, function.end_lineno)
+    texts = [(ast.get_source_segment(source, node) or "", node) for node in statements]
+    first = min(node.lineno for text, node in texts if text.startswith(task.first))
+    last = max(node.end_lineno or 0 for text, node in texts if text.startswith(task.last))
+    return slice(first - 1, last)
+
+
+def fill(source: str, task: Task, body: str) -> str:
+    """Return the source with another body in the place of what is to be written."""
+    lines, hole = source.split("\n"), hole_lines(source, task)
+    first = next(line for line in lines[hole] if line.strip())
+    indent = first[: len(first) - len(first.lstrip())]
+    lines[hole] = textwrap.indent(textwrap.dedent(body).strip("\n"), indent).split("\n")
+    return "\n".join(lines)
+
+
+def prepare(source: str, task: Task) -> str:
+    """Return the source with the hole, or the mistake. All else stays, byte for byte."""
+    if task.old:
+        before, after = source.split(task.old)  # it stands there once
+        return before + task.new + after
+    return fill(source, task, f'raise NotImplementedError("write {task.name} here")')
+
+
+def carry(functions: Iterable[str], source: str, target: str) -> str:
+    """Return the target with these functions as they stand in the source."""
+    for name in functions:
+        lines = target.split("\n")
+        lines[function_lines(target, name)] = source.split("\n")[function_lines(source, name)]
+        target = "\n".join(lines)
+    return target
+
+
+def mend(path: Path, functions: Iterable[str]) -> ast.Module:
+    """Parse the copy of a script, with the bodies of some functions as they stand in the script."""
+    tree = ast.parse(path.read_bytes(), str(path))
+    other = ast.parse((SOURCES / path.name).read_bytes())
+    for name in functions:
+        find(tree, name).body = find(other, name).body
+    return tree

@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Write it yourself: functions of these scripts become holes, and their tests judge your answers.
+
+Run `poetry run src/practice.py` for the list. `start mask` copies the scripts to practice/, one
+function empty; `check` runs its tests on your copy, `check --watch` at each save; `hint` and
+`solution` help. The exercises, and the mistakes to hunt (`start bug-1`), are in exercises.toml.
+"""
+
+import argparse
+import io
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+
+from copies import PRACTICE, State, keep, read, read_state, refresh, write, write_state
+from holes import SOURCES, Task, carry, find_body, function_lines, prepare, read_tasks
+from judge import Case, judge, warm_up, warm_up_optimizers
+
+ROOT = SOURCES.parent
+COLORS = {"✓": 32, "✗": 31, "→": 33}
+
+
+def chapter(task: Task) -> str:
+    """Return the page of the course that explains what a task is about."""
+    pages = sorted((ROOT / "docs").glob("[0-9]-*.md"))
+    found = [page.name for page in pages if page.name == task.chapter]
+    found += [page.name for page in pages if page.stem[2:] in task.script]
+    return f"docs/{found[0]}" if found else "README.md"
+
+
+def start(task: Task, state: State, again: bool) -> None:
+    """Empty the function, or plant the mistake, in practice/, and print the task."""
+    path, reference = PRACTICE / task.script, read(SOURCES / task.script)
+    if again or task.name not in state.started:
+        copy = read(path)
+        touched = copy.split("\n")[function_lines(copy, task.function)]
+        if touched != reference.split("\n")[function_lines(reference, task.function)]:
+            print(f"What was in {path.relative_to(ROOT)} is kept in {keep(path).name}.\n")
+        write(path, carry([task.function], prepare(reference, task), copy))
+        state.started = [*dict.fromkeys([*state.started, task.name])]
+        state.hints.pop(task.name, None)
+    else:
+        print(
+            f"{task.name} was started before; --again starts it over, and keeps what you wrote.\n"
+        )
+    state.current = task.name
+    write_state(state)
+    show_task(task)
+
+
+def show_task(task: Task) -> None:
+    """Print what is to be done, and where."""
+    if task.symptom:
+        print(f"{task.name}: practice/{task.script} now has a mistake. This is what it does:\n")
+        print(textwrap.indent(textwrap.fill(task.symptom, 96), "  "))
+    else:
+        line, docstring = find_body(read(PRACTICE / task.script), task.function)
+        print(f"{task.name}: {task.title}\npractice/{task.script}:{line}, in {task.function}\n")
+        print(textwrap.indent(docstring if not task.task else task.task.strip(), "  "))
+    print(f"\nChapter: {chapter(task)}\nNext: check, or hint", flush=True)
+
+
+def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
+    """Judge what a person wrote, and print the verdict; return the exit status."""
+    started = [tasks[name] for name in state.started if tasks[name].script == task.script]
+    others = {other.function for other in started} - {task.function}
+    watched = task.function if task.alone else ""
+    case = Case(PRACTICE / task.script, watched, task.tests, tuple(sorted(others)))
+    warm_up(case)
+    passed, lines = judge(case)
+    if passed:
+        state.done = [*dict.fromkeys([*state.done, task.name])]
+        write_state(state)
+        show_lines("✓", task.name, ["is found" if task.symptom else "is right", *lines])
+        print(f"  Next: {advice(state, tasks)}", flush=True)
+        return 0
+    if task.symptom and lines[0].startswith("not yet") and state.hints.get(task.name, 0) < 2:
+        lines = ["is still there; the second hint lets check say more"]
+    show_lines("✗", task.name, lines)
+    return 1
+
+
+def watch(tasks: dict[str, Task]) -> None:
+    """Check the current task at each save of its file, or start of another one, without end."""
+    seen: tuple[str, int] | None = None
+    while True:
+        state = read_state()
+        task = tasks[state.current]
+        path = PRACTICE / task.script
+        now = (task.name, path.stat().st_mtime_ns) if path.exists() else seen
+        if now != seen:
+            seen = now
+            check(task, state, tasks)
+            warm_up_optimizers()
+        time.sleep(0.1)
+
+
+def show_hint(task: Task, state: State) -> None:
+    """Print one hint more than the last time."""
+    given = min(state.hints.get(task.name, 0) + 1, len(task.hints))
+    state.hints[task.name] = given
+    write_state(state)
+    for number, hint in enumerate(task.hints[:given], start=1):
+        print(
+            textwrap.fill(f"{number}. {hint}", 96, initial_indent="  ", subsequent_indent="     ")
+        )
+    more = "hint says more" if given < len(task.hints) else "solution shows what stands there"
+    print(f"\nNext: check; {more}", flush=True)
+
+
+def show_solution(task: Task) -> None:
+    """Print what a person wrote, and what stands in the script."""
+    for path in (PRACTICE / task.script, SOURCES / task.script):
+        source = read(path)
+        lines = source.split("\n")[function_lines(source, task.function)]
+        print(f"{path.relative_to(path.parents[1])}\n")
+        print(textwrap.indent(textwrap.dedent("\n".join(lines)), "  "), end="\n\n", flush=True)
+
+
+def show_lines(mark: str, name: str, lines: Sequence[str]) -> None:
+    """Print lines after a mark, which has a color at a terminal."""
+    if mark in COLORS and sys.stdout and sys.stdout.isatty():
+        mark = f"\x1b[{COLORS[mark]}m{mark}\x1b[0m"
+    print(f"{mark} {name} {lines[0]}", *lines[1:], sep="\n    ", flush=True)
+
+
+def advice(state: State, tasks: dict[str, Task]) -> str:
+    """Return the command for the first task that is not done."""
+    rest = [name for name in tasks if name not in state.done]
+    return f"poetry run src/practice.py start {rest[0]}" if rest else "nothing, all is done"
+
+
+def show_list(state: State, tasks: dict[str, Task]) -> None:
+    """Print all tasks by script: what is done, and what is next."""
+    heading, rest = "", [name for name in tasks if name not in state.done]
+    for number, task in enumerate(tasks.values(), start=1):
+        if heading != (heading := "Mistakes to find" if task.symptom else task.script):
+            print(f"\n{heading}" if number > 1 else heading)
+        mark = "✓" if task.name in state.done else "→" if task.name == rest[0] else " "
+        show_lines(mark, f"{number:2} {task.name:12}", [task.title or task.script])
+    print(f"\n{len(state.done)} of {len(tasks)} done. Next: {advice(state, tasks)}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is asked; return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = ("list", "start", "check", "hint", "solution")
+    parser.add_argument("command", nargs="?", choices=commands, default="list", help="what to do")
+    parser.add_argument(
+        "name", nargs="?", help="of a task, or its number; else the one started last"
+    )
+    parser.add_argument("--watch", action="store_true", help="check at each save, until Ctrl-C")
+    parser.add_argument("--again", action="store_true", help="start over; what you wrote is kept")
+    args = parser.parse_args(argv)
+    tasks = read_tasks()
+    names = dict(enumerate(tasks, start=1))
+    if args.name and args.name not in tasks:
+        if not args.name.isdecimal() or int(args.name) not in names:
+            parser.error(
+                f"argument name: must be one of {', '.join(tasks)}, or a number of the list"
+            )
+        args.name = names[int(args.name)]
+    try:
+        state = read_state()
+        if args.command == "list":
+            show_list(state, tasks)
+            return 0
+        state.started = [name for name in state.started if name in tasks]
+        refresh(state, tasks)
+        if args.command == "start":
+            rest = [name for name in tasks if name not in state.done] or list(tasks)
+            start(tasks[args.name or rest[0]], state, args.again)
+            return 0
+        state.current = args.name or state.current
+        if state.current not in state.started:
+            raise OSError(f"start one first: {advice(state, tasks)}")
+        write_state(state)
+        task = tasks[state.current]
+        if args.command == "hint":
+            show_hint(task, state)
+        elif args.command == "solution":
+            show_solution(task)
+        elif args.watch:
+            watch(tasks)
+        else:
+            return check(task, state, tasks)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, SyntaxError, LookupError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,459 @@
+import ast
+import os
+import re
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import copies
+import holes
+import judge
+import practice
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = holes.read_tasks()
+ANSWERS = tomllib.loads((ROOT / "tests/answers.toml").read_text(encoding="utf-8"))
+
+
+def reference(task):
+    return (ROOT / "src" / task.script).read_bytes().decode()
+
+
+def verdict(task, source, folder):
+    """Judge a source as if it were the copy of a person."""
+    path = folder / task.script
+    path.write_bytes(source.encode())
+    case = judge.Case(path, task.function if task.alone else "", task.tests)
+    judge.warm_up(case)
+    return judge.judge(case)
+
+
+def verdict_of(name, body, folder):
+    """Judge an answer to an exercise."""
+    return verdict(TASKS[name], holes.fill(reference(TASKS[name]), TASKS[name], body), folder)
+
+
+# Each exercise
+
+
+def answers(kind):
+    return [
+        pytest.param(name, answer, id=f"{name}-{number}")
+        for name, each in ANSWERS.items()
+        for number, answer in enumerate(each[kind], start=1)
+    ]
+
+
+def test_every_exercise_has_wrong_and_right_answers():
+    assert list(ANSWERS) == [name for name, task in TASKS.items() if not task.symptom]
+    for name, each in ANSWERS.items():
+        assert len(set(each["wrong"])) >= 3, name
+        assert len(set(each["right"])) >= 2, name
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_keeps_every_other_byte_and_the_syntax(task):
+    before, after = reference(task), holes.prepare(reference(task), task)
+    ast.parse(after)
+    assert before != after
+    a, b = (source.split("\n") for source in (before, after))
+    lines = holes.function_lines(before, task.function)
+    assert a[: lines.start] == b[: lines.start]
+    assert a[lines.stop :] == b[len(b) - len(a) + lines.stop :]
+    if task.old:
+        assert before.count(task.old) == 1
+        assert before.replace(task.old, task.new) == after
+        return
+    hole = holes.hole_lines(before, task)
+    assert a[: hole.start] == b[: hole.start]
+    assert a[hole.stop :] == b[hole.start + 1 :]
+    assert b[hole.start].strip() == f'raise NotImplementedError("write {task.name} here")'
+    body = "\n".join(a[hole])
+    assert holes.fill(before, task, body) == before
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_is_judged_by_tests_that_there_are(task):
+    case = judge.Case(ROOT / "practice" / task.script, task.function, task.tests)
+    tests = case.test_file.read_text(encoding="utf-8")
+    assert all(re.search(rf"^def {test}\(", tests, re.MULTILINE) for test in task.tests)
+    assert len(task.hints) >= 2
+    assert not task.symptom or "?" not in task.hints
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_script_with_a_hole_imports_and_prints_its_help(task, tmp_path, monkeypatch, capsys):
+    (tmp_path / task.script).write_bytes(holes.prepare(reference(task), task).encode())
+    monkeypatch.setitem(sys.modules, "with a hole", None)
+    module = judge.load("with a hole", tmp_path / task.script)
+    if hasattr(module, "main"):
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--help"])
+        print(end="", flush=True)
+        assert stop.value.code == 0
+        assert "--seed" in capsys.readouterr().out
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def optimizers():
+    """Spare the judged processes an import of seconds."""
+    judge.warm_up_optimizers()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimizers")
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_what_is_started_is_refused(task, tmp_path):
+    passed, lines = verdict(task, holes.prepare(reference(task), task), tmp_path)
+    print(*lines, sep="\n")
+    assert not passed
+    assert lines[0].startswith("not yet: " if task.symptom else "is still empty: ")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimizers")
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_what_stands_is_right(task, tmp_path):
+    assert verdict(task, reference(task), tmp_path) == (True, [])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimizers")
+@pytest.mark.parametrize(("name", "answer"), answers("wrong"))
+def test_a_wrong_answer_is_refused(name, answer, tmp_path):
+    passed, lines = verdict_of(name, answer, tmp_path)
+    print(*lines, sep="\n")
+    assert not passed
+    assert lines[0].startswith("not yet: ")
+    assert len(lines) <= 14
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimizers")
+@pytest.mark.parametrize(("name", "answer"), answers("right"))
+def test_a_right_answer_is_accepted_however_it_is_written(name, answer, tmp_path):
+    assert verdict_of(name, answer, tmp_path) == (True, [])
+
+
+# What is said of an answer
+
+
+def test_the_first_call_that_differs_is_told(tmp_path):
+    passed, lines = verdict_of("mask", ANSWERS["mask"]["wrong"][0], tmp_path)
+    assert not passed
+    assert lines == [
+        "not yet: masks are true where a query may attend",
+        "called  causal_mask(3)",
+        "gave    tensor([[ True, True, True], [False, True, True], [False, False, True]])",
+        "wanted  tensor([[ True, False, False], [ True, True, False], [ True, True, True]])",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("raise NotImplementedError", r"is still empty: attention.py:\d+: raise NotImpl"),
+        ("return None", r"gave    None\nwanted  tensor"),
+        ("return torch.ones(T).bool()", r"gave    torch.bool of shape \(3,\)\nwanted .*\(3, 3\)$"),
+        ("return torch.ones(T, T)", r"gave    torch.float32 of shape .*\nwanted  torch.bool of"),
+        ("return 1 / 0", r"gave    raises ZeroDivisionError: .*\n(.*\n)*raised .*: return 1 / 0"),
+        ("return causal_mask(T)", r"gave    raises RecursionError"),
+        ("return input()", r"gave    raises (OSError|EOFError)"),
+        ("raise SystemExit(7)", r"gave    raises SystemExit: 7"),
+        ("import os; os._exit(7)", r"^ended the process of the tests, with status 7$"),
+        ("import os; os.abort()", r"^ended the process of the tests, with status -6$"),
+        ("return (", r"^can't be imported: SyntaxError: .*\nattention.py:\d+: return \($"),
+        ("return torch.ones(10**9, 10**4)", r"^asks for more than 4 GiB of memory: attention"),
+        ("return [bytes(2**30) for i in range(T * 9)]", r"^asks for more than 4 GiB of memory: "),
+        ("print('hello', 1)", r"\nprinted 'hello 1'$"),
+        ("raise ValueError('\x1b[31mred')", r"raises ValueError: \?\[31mred"),
+    ],
+)
+def test_trouble_of_every_kind_is_told_in_a_few_lines(body, expected, tmp_path):
+    passed, lines = verdict_of("mask", body, tmp_path)
+    assert not passed
+    assert re.search(expected, "\n".join(lines))
+    assert len(lines) <= 14
+    assert all(line.isprintable() for line in lines)
+
+
+def test_an_answer_that_never_ends_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "SECONDS", 2)
+    passed, lines = verdict_of("mask", "while True: pass", tmp_path)
+    assert (passed, lines) == (False, ["gave no answer in 2 s: is there a loop that never ends?"])
+
+
+def test_a_right_answer_that_prints_is_right_and_told_so(tmp_path):
+    body = f"print(T)\n{ANSWERS['mask']['right'][0]}"
+    passed, lines = verdict_of("mask", body, tmp_path)
+    assert passed
+    assert lines == ["printed '3'"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "expected"),
+    [
+        (1.0, 1.0 + 1e-9, None),
+        ((1, [2, 3]), (1, [2, 4]), ("item 2: item 2: 3", "item 2: item 2: 4")),
+        (1, True, ("1", "True")),
+        (ValueError("a"), ValueError("b"), None),
+        (ValueError("a"), 3, ("raises ValueError: a", "3")),
+        (object(), 3, ("object", "3")),
+    ],
+)
+def test_results_differ_in_words(given, wanted, expected):
+    assert judge.difference(given, wanted) == expected
+
+
+# As a person uses it
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository of copies, so that nothing of the real one changes."""
+    (tmp_path / "src").mkdir()
+    for path in (ROOT / "src").glob("*.py"):
+        (tmp_path / "src" / path.name).write_bytes(path.read_bytes())
+    for module in (copies, practice):
+        monkeypatch.setattr(module, "SOURCES", tmp_path / "src")
+        monkeypatch.setattr(module, "PRACTICE", tmp_path / "practice")
+    monkeypatch.setattr(practice, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run a command; return its exit status and what it prints."""
+
+    def run(*arguments):
+        status = practice.main([*map(str, arguments)])
+        out, error = capsys.readouterr()
+        assert "\x1b" not in out
+        return status, out + error
+
+    return run
+
+
+def write_answer(place, name, body):
+    """Do as a person does: put a body in the place of the hole."""
+    path = place / "practice" / TASKS[name].script
+    hole = re.compile(rf'^( *)raise NotImplementedError\("write {name} here"\)$', re.MULTILINE)
+    text = path.read_text(encoding="utf-8")
+    (indent,) = hole.findall(text)
+    path.write_text(hole.sub(lambda _: textwrap.indent(body.strip(), indent), text), "utf-8")
+    return path
+
+
+def test_from_nothing_to_the_first_right_answer(run, place):
+    status, out = run()
+    assert status == 0
+    assert re.search(r"^→  1 loop ", out, re.MULTILINE)
+    assert out.endswith(f"0 of {len(TASKS)} done. Next: poetry run src/practice.py start loop\n")
+    status, out = run("start", "mask")
+    line = (
+        (place / "practice/attention.py")
+        .read_text()
+        .split("\n")
+        .index('    raise NotImplementedError("write mask here")')
+    )
+    assert f"practice/attention.py:{line + 1}, in causal_mask\n" in out
+    assert "Let position i attend to positions up to i" in out
+    status, out = run("check")
+    assert (status, out.partition(": raise")[0]) == (
+        1, f"✗ mask is still empty: attention.py:{line + 1}"
+    )  # fmt: skip
+    write_answer(place, "mask", ANSWERS["mask"]["wrong"][0])
+    status, out = run("check")
+    assert status == 1
+    assert out.startswith("✗ mask not yet: masks are true where a query may attend\n    called  ")
+    hints = [run("hint")[1] for _ in range(4)]
+    for n, hint in enumerate(TASKS["mask"].hints, start=1):
+        assert f"  {n}. {hint}" in re.sub(r"\n {5}", " ", hints[n - 1])
+    assert hints[2] == hints[3]
+    path = place / "practice/attention.py"
+    path.write_text(path.read_text().replace(".triu()", ".tril()"))
+    status, out = run("check")
+    assert status == 0
+    assert out.startswith("✓ mask is right\n")
+    assert re.search(r"^✓  4 mask ", run()[1], re.MULTILINE)
+    _, out = run("solution")
+    assert out.count("def causal_mask(") == 2
+    assert out.index("practice/attention.py") < out.index("src/attention.py")
+
+
+def test_a_started_file_is_never_overwritten(run, place):
+    run("start", "mask")
+    path = write_answer(place, "mask", "return 'mine'")
+    run("start", "padding")
+    assert "return 'mine'" in path.read_text()
+    assert 'NotImplementedError("write padding here")' in path.read_text()
+    before = path.read_bytes()
+    _, out = run("start", "mask")
+    assert "--again" in out
+    assert path.read_bytes() == before
+    _, out = run("start", "mask", "--again")
+    assert "attention.1.py" in out
+    assert (place / "practice/attention.1.py").read_bytes() == before
+    assert 'NotImplementedError("write mask here")' in path.read_text()
+    assert 'NotImplementedError("write padding here")' in path.read_text()
+
+
+def test_one_may_begin_anywhere_and_leave_holes(run, place):
+    for name in ("bug-7", "split", "padding", "mask"):
+        run("start", name)
+    write_answer(place, "mask", ANSWERS["mask"]["right"][1])
+    status, out = run("check")
+    assert (status, out.splitlines()[0]) == (0, "✓ mask is right")
+    assert run("check", "split")[1].startswith("✗ split is still empty")
+    path = place / "practice/attention.py"
+    line = 1 + next(
+        n for n, text in enumerate(path.read_text().split("\n")) if "write padding" in text
+    )
+    assert f"attention.py:{line}: " in run("check", "padding")[1]
+
+
+def test_exercises_on_the_same_function_keep_what_was_written(run, place):
+    run("start", "softmax")
+    before = write_answer(place, "softmax", "weights = 'mine'").read_bytes()
+    _, out = run("start", "attention")
+    assert "attention.1.py" in out
+    assert (place / "practice/attention.1.py").read_bytes() == before
+
+
+def test_a_source_that_changed_keeps_what_was_written(run, place):
+    run("start", "mask")
+    path = write_answer(place, "mask", ANSWERS["mask"]["right"][0])
+    mine = path.read_bytes()
+    source = place / "src/attention.py"
+    source.write_text(source.read_text() + "# more\n")
+    status, out = run("check")
+    assert status == 0
+    assert "src/attention.py has changed" in out
+    assert path.read_text().endswith("# more\n")
+    assert ANSWERS["mask"]["right"][0].strip().splitlines()[0] in path.read_text()
+    assert (place / "practice/attention.1.py").read_bytes() == mine
+    assert "has changed" not in run("check")[1]
+    assert not (place / "practice/transformer.1.py").exists()
+
+
+def test_a_copy_that_was_not_touched_follows_its_source(run, place):
+    run("start", "mask")
+    source = place / "src/transformer.py"
+    source.write_text(source.read_text() + "# more\n")
+    _, out = run("start", "padding")
+    assert "changed" not in out
+    assert (place / "practice/transformer.py").read_bytes() == source.read_bytes()
+
+
+def test_a_mistake_is_planted_and_found(run, place):
+    _, out = run("start", "bug-5")
+    assert " ".join(TASKS["bug-5"].symptom.split()) in " ".join(out.split())
+    assert not any(test in out for test in TASKS["bug-5"].tests)
+    path = place / "practice/attention.py"
+    assert TASKS["bug-5"].new in path.read_text()
+    status, out = run("check")
+    assert (status, out) == (1, "✗ bug-5 is still there; the second hint lets check say more\n")
+    run("hint")
+    run("hint")
+    assert "called  padding_mask" in run("check")[1]
+    path.write_text(path.read_text().replace("(tokens != pad).unsqueeze(2)", "tokens != pad"))
+    assert run("check")[0] == 1
+    path.write_text(path.read_text().replace("tokens != pad\n", "tokens.ne(pad)[:, None]\n"))
+    status, out = run("check")
+    assert (status, out.splitlines()[0]) == (0, "✓ bug-5 is found")
+
+
+def test_it_checks_at_each_save(run, place, monkeypatch, capsys):
+    run("start", "mask")
+    path, seen = place / "practice/attention.py", []
+
+    def sleep(_):
+        """Stand for the person, who saves three times, and starts another exercise."""
+        if not seen:
+            write_answer(place, "mask", ANSWERS["mask"]["wrong"][0])
+        elif len(seen) == 1:
+            path.write_text(path.read_text().replace(".triu()", ".tril()"))
+        elif len(seen) == 2:
+            practice.main(["start", "padding"])
+        elif len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append("a round")
+
+    monkeypatch.setattr(practice.time, "sleep", sleep)
+    monkeypatch.setattr(practice, "warm_up_optimizers", lambda: None)
+    status, out = run("check", "--watch")
+    assert status == 130
+    verdicts = [line for line in out.splitlines() if line[:1] in ("✓", "✗")]
+    assert [line[:14] for line in verdicts] == [
+        "✗ mask is stil", "✗ mask not yet", "✓ mask is righ", "✗ padding is s",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["start", "nothing"], ["start", "0"], ["--fast"]])
+def test_what_there_is_not_is_refused(arguments, run):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["check", "hint", "solution"])
+def test_nothing_is_checked_before_it_is_started(command, run):
+    status, out = run(command)
+    assert status == 1
+    assert re.fullmatch(r".*: start one first: poetry run src/practice.py start loop\n", out)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"x": 1}', "[]"])
+def test_a_broken_state_is_named(content, run, place):
+    (place / "practice").mkdir()
+    (place / "practice/state.json").write_text(content)
+    status, out = run()
+    assert (status, out.count("\n")) == (1, 1)
+    assert str(place / "practice/state.json") in out
+
+
+def test_a_copy_that_does_not_parse_or_lacks_the_function_is_said(run, place):
+    run("start", "mask")
+    path = place / "practice/attention.py"
+    text = path.read_text()
+    path.write_text(text.replace("def causal_mask", "def causal mask"))
+    status, out = run("check")
+    assert status == 1
+    assert re.search(
+        r"can't be imported: SyntaxError: .*\n +attention.py:\d+: def causal mask", out
+    )
+    status, out = run("start", "padding")
+    assert (status, out.count("\n")) == (1, 1)
+    assert "attention.py" in out
+    path.write_text(text.replace("def causal_mask", "def my_mask"))
+    status, out = run("check")
+    assert status == 1
+    assert "causal_mask" in out
+    path.unlink()
+    status, out = run("check")
+    assert (status, "start one first" in out) == (1, True)
+
+
+def test_what_the_scripts_import_is_copied_too(run, place):
+    run("start", "mask")
+    copied = {path.name for path in (place / "practice").glob("*.py")}
+    assert {"attention.py", "transformer.py", "cache.py", "dates.py", "photo.py"} <= copied
+    assert not {"practice.py", "judge.py", "explore.py"} & copied
+    for path in (place / "practice").glob("*.py"):
+        assert path.stat().st_mode & 0o100 or os.name == "nt"
+
+
+def test_a_task_has_a_number_and_the_next_one_needs_no_name(run):
+    assert run("start", 4)[1].startswith("mask: ")
+    assert run("start")[1].startswith("loop: ")
+
+
+def test_colors_are_for_terminals(monkeypatch, capsys):
+    practice.show_lines("✓", "mask", ["is right"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    practice.show_lines("✓", "mask", ["is right"])
+    assert capsys.readouterr().out == "✓ mask is right\n\x1b[32m✓\x1b[0m mask is right\n"

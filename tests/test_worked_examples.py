@@ -1,0 +1,224 @@
+"""The numbers that the course works out by hand are those that PyTorch computes."""
+
+import importlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def read(page):
+    """Return the text of a page, with one space for any white space."""
+    return " ".join((DOCS / page).read_text(encoding="utf-8").split())
+
+
+def numbers(text):
+    return [float(number) for number in NUMBER.findall(text.replace("−", "-"))]
+
+
+def find(page, *between):
+    """Return the numbers of the only passage that stands between two texts."""
+    start, end = map(re.escape, between)
+    (found,) = re.findall(f"{start}(.*?){end}", read(page))
+    return numbers(found)
+
+
+def matrices(page, after):
+    """Return the matrices of the first formula after a text, row by row."""
+    formula = read(page).partition(after)[2].partition("```math")[2].partition("```")[0]
+    bodies = re.findall(r"\\begin\{bmatrix\}(.*?)\\end\{bmatrix\}", formula)
+    return [[row.split("&") for row in body.split(r"\\")] for body in bodies]
+
+
+def evaluate(matrix):
+    """Return the tensor of a matrix of sums and products."""
+    cells = [[cell.replace(r"\cdot", "*") for cell in row] for row in matrix]
+    assert all(re.fullmatch(r"[-+*.\d\s]+", cell) for row in cells for cell in row)
+    return torch.tensor([[float(eval(cell)) for cell in row] for row in cells])
+
+
+def test_a_matrix_times_itself():
+    first, second, sums, product = map(evaluate, matrices("1-hello.md", "multiplies this matrix"))
+    torch.testing.assert_close(first @ second, sums)
+    torch.testing.assert_close(first @ second, product)
+
+
+def test_a_column_minus_a_row():
+    column, row, table = map(evaluate, matrices("1-hello.md", "A column minus a row"))
+    torch.testing.assert_close(column - row, table)
+    assert torch.equal(column.squeeze(1), row.squeeze(0))
+    top, bottom, mean = find("1-hello.md", "mean of the nine squares is", ", not 0")
+    assert (top, bottom) == (table.square().sum(), table.numel())
+    assert table.square().mean().item() == pytest.approx(mean, abs=0.005)
+
+
+def test_the_derivative_of_a_cube():
+    cubes = find("1-hello.md", "by a thousandth:", "The result moves")
+    assert cubes == pytest.approx([2.001, 3, 2, 3, 0.001, 2.001**3, 8, 0.001, 12])
+    x = torch.tensor(2.0, requires_grad=True)
+    (x**3).backward()
+    assert x.grad == 12
+
+
+STEP = re.compile(r"w \\leftarrow ([\d.]+) - ([\d.]+) \\cdot \(?(-?[\d.]+)\)? = ([\d.]+)")
+
+
+def test_steps_of_gradient_descent():
+    steps = STEP.findall(read("1-hello.md"))
+    assert len(steps) == 5
+    for before, rate, derivative, after in (map(float, step) for step in steps):
+        w = torch.tensor(before, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=rate)
+        F.mse_loss(w * 1, torch.tensor(3.0, dtype=torch.float64)).backward()
+        optimizer.step()
+        assert (w.grad.item(), w.item()) == pytest.approx((derivative, after))
+
+
+def test_the_derivatives_written_out_are_those_of_autograd():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 20, dtype=torch.float64)
+    w, b = torch.randn(2, dtype=torch.float64).unbind()
+    w, b = w.requires_grad_(), b.requires_grad_()
+    F.mse_loss(w * x + b, y).backward()
+    error = (w * x + b - y).detach()
+    torch.testing.assert_close(w.grad, 2 * (error * x).mean())
+    torch.testing.assert_close(b.grad, 2 * error.mean())
+
+
+def test_a_linear_layer():
+    weight, x, bias, sums, result = map(evaluate, matrices("2-fashion-mnist.md", "two outputs:"))
+    layer = nn.Linear(2, 2)
+    layer.load_state_dict({"weight": weight, "bias": bias.squeeze(1)})
+    output = layer(x.T).T.detach()
+    torch.testing.assert_close(output, sums)
+    torch.testing.assert_close(output, result)
+
+
+def test_two_linear_layers_are_one():
+    outer, inner, first, second, slope, intercept = find(
+        "2-fashion-mnist.md", "into $`2x + 4`$: ```math", "```"
+    )
+    assert (outer * inner, outer * first + second) == (slope, intercept)
+
+
+@pytest.mark.parametrize("x", [2.0, -2.0])
+def test_gelu_of_a_number(x):
+    values = dict(re.findall(r"GELU\}\((-?\d)\) = (-?[\d.]+)", read("2-fashion-mnist.md")))
+    assert F.gelu(torch.tensor(x)).item() == pytest.approx(float(values[f"{x:g}"]), abs=0.005)
+
+
+def test_batch_normalization_of_four_numbers():
+    page = read("2-fashion-mnist.md")
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert "is 1, 2, 3 and 6 for the four images" in page
+    formula = r"\\frac\{(\d) - 3\}\{\\sqrt\{3.5\}\} = (-?[\d.]+)"
+    before, after = zip(*re.findall(formula, page), strict=True)
+    assert [*map(float, before)] == x.tolist()
+    assert x.var(correction=0) == 3.5
+    normalized = nn.BatchNorm1d(1)(x.unsqueeze(1)).squeeze(1)
+    assert normalized.tolist() == pytest.approx([*map(float, after)], abs=0.005)
+
+
+def test_softmax_and_loss_of_three_classes():
+    row = r"\| (?:first|second|third) \|(.*?)\| (?=\|)"
+    rows = re.findall(row, read("2-fashion-mnist.md"))
+    logits, powers, shares, losses = torch.tensor([numbers(row) for row in rows]).T
+    torch.testing.assert_close(logits.exp(), powers, atol=0.0005, rtol=0)
+    torch.testing.assert_close(logits.softmax(dim=0), shares, atol=0.0005, rtol=0)
+    found = F.cross_entropy(logits.expand(3, 3), torch.arange(3), reduction="none")
+    torch.testing.assert_close(found, losses, atol=0.005, rtol=0)
+    total = find("2-fashion-mnist.md", "| sum |", "The loss is")
+    assert total == pytest.approx([logits.exp().sum().item(), 1], abs=0.0005)
+    torch.testing.assert_close((logits + 5).softmax(dim=0), logits.softmax(dim=0))
+
+
+def test_the_loss_of_a_network_that_has_learned_nothing():
+    share, loss = find("2-fashion-mnist.md", r"has the loss $`-\log", "`$")
+    found = F.cross_entropy(torch.zeros(1, 10), torch.tensor([0])).item()
+    assert (0.1, found) == pytest.approx((share, loss), abs=0.005)
+
+
+def test_smoothed_labels_and_their_lowest_loss():
+    correct, other = find("2-fashion-mnist.md", "so that the correct one should get", ". With such")
+    target = torch.full((10,), other)
+    target[3] = correct
+    assert target.sum() == pytest.approx(1)
+    logits = torch.randn(1, 10)
+    loss = F.cross_entropy(logits, torch.tensor([3]), label_smoothing=0.1)
+    torch.testing.assert_close(loss, -(target * logits.log_softmax(dim=1)).sum())
+    (lowest,) = find("2-fashion-mnist.md", "the loss can't fall below", " ###")
+    best = F.cross_entropy(target.log().unsqueeze(0), torch.tensor([3]), label_smoothing=0.1)
+    assert best.item() == pytest.approx(lowest, abs=0.005)
+
+
+def test_adam_moves_parameters_with_small_and_large_gradients_equally_far():
+    small, large = find("2-fashion-mnist.md", "a gradient of", "move their parameters")
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([small, large])
+    torch.optim.AdamW([parameter], lr=0.006).step()
+    assert parameter.tolist() == pytest.approx([-0.006, -0.006], rel=1e-4)
+
+
+def test_an_epoch_has_the_steps_that_the_page_says():
+    (steps,) = find("2-fashion-mnist.md", "is an *epoch*:", "steps")
+    fashion = importlib.import_module("fashion-mnist")
+    labels = torch.arange(60_000)
+    (kept, _), _ = fashion.hold_out((labels, labels))
+    assert len(kept) // 500 == steps
+
+
+def walk(capsys):
+    """Return the matrices that attention.py prints for its sentence, by formula."""
+    attention = importlib.import_module("attention")
+    assert attention.main(["--device", "cpu", "--explain", attention.SENTENCE]) == 0
+    found = {}
+    for part in capsys.readouterr().out.strip().split("\n\n"):
+        formula, _, _, *rows = part.splitlines()
+        table = [[float(n) for n in re.findall(r"-?\d+\.\d\d", row)] for row in rows]
+        found[formula.partition("   ")[0]] = torch.tensor(table)
+    return found
+
+
+def test_what_cat_gets(capsys):
+    """To two digits, from the two digits that the script prints."""
+    found, row = walk(capsys), 1
+    page = "3-attention.md"
+    *_, weight = said = find(page, r"\begin{aligned} e^{", r"\end{aligned}")
+    scores, exponentials, total = said[:5:], said[5:10], said[10]
+    assert scores == pytest.approx(found["QKᵀ/√d_k"][row].tolist(), abs=0.001)
+    assert exponentials == pytest.approx([math.exp(s) for s in scores], abs=0.01)
+    assert total == pytest.approx(sum(math.exp(s) for s in scores), abs=0.02)
+    assert weight == pytest.approx(exponentials[0] / total, abs=0.005)
+    weights = find(page, "So *cat* gives a weight of", "to *dog*.")
+    the, cat, sees, dog = weights
+    expected = found["softmax(QKᵀ/√d_k)"][row].tolist()
+    assert [the, cat, sees, the, dog] == pytest.approx(expected, abs=0.001)
+
+
+def test_a_layer_norm_by_hand():
+    *x, mean, variance = find("4-transformer.md", "The vector (", ", and becomes")
+    said = find("4-transformer.md", "variance 3.5, and becomes (", ")")
+    x = torch.tensor(x)
+    assert (x.mean(), x.var(correction=0)) == (mean, variance)
+    assert said == pytest.approx(F.layer_norm(x, (4,)).tolist(), abs=0.005)
+
+
+def test_a_beam_by_hand():
+    diagrams = importlib.import_module("diagrams")
+    page = "5-translation.md"
+    a, the = find(page, "After the first word, *a* has log P =", ". After the second")
+    one, two, total = find(page, "*a dog* has", ", and *the dog*")
+    three, four, best = find(page, "and *the dog* has", ". Greedy")
+    first, second = diagrams.FIRST, diagrams.SECOND
+    assert (a, the) == (one, three)
+    assert (one, three) == pytest.approx([math.log(first[w]) for w in ("a", "the")], abs=0.005)
+    assert -abs(two) == pytest.approx(math.log(second["a"]["dog"]), abs=0.005)
+    assert -abs(four) == pytest.approx(math.log(second["the"]["dog"]), abs=0.005)
+    assert (total, best) == pytest.approx((one - abs(two), three - abs(four)), abs=0.011)
