@@ -3,8 +3,8 @@
 
     make docs
 
-Without arguments it makes all of them, which takes half an hour; `docs/changes.py 1-hello.md` only
-those of a page.
+Without arguments it makes all of them, most of which train a network; `docs/changes.py 1-hello.md`
+makes only those of a page.
 """
 
 import argparse

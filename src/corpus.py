@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Parallel text of any size as one flat file of tokens, made once and mapped into memory.
 
 translation.py uses it. A corpus is a folder with train.de, val.de, test*.de and the same with .en

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The Transformer of translation.py: its settings and presets, pre-norm, and its file.
 
 The layers of transformer.py put LayerNorm after each sublayer, as the paper does; these put it
@@ -6,7 +5,6 @@ before, which trains more easily.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from corpus import open_tokenizer
-from transformer import DecoderLayer, EncoderLayer, Sizes, Transformer
+from transformer import DecoderLayer, EncoderLayer, Sizes, Transformer, write
 
 RANGES: dict[str, tuple[float, float, str]] = {
     "d_model": (1, 4096, "size of the vectors"),
@@ -70,8 +68,7 @@ def flag(name: str) -> str:
 
 PRESETS = {
     "phrases": Settings(
-        d_model=128, num_layers=2, d_ff=256, dropout=0.0, vocab_size=600, batch_tokens=4096,
-        warmup=400, epochs=2,
+        d_model=128, num_layers=2, d_ff=256, dropout=0.0, vocab_size=600, warmup=400, epochs=1
     ),
     "small": Settings(),
     "base": Settings(  # table 3 and section 5 of the paper; 18 epochs of WMT 2014 are 100,000 steps
@@ -127,21 +124,6 @@ def make_model(settings: Settings, tokenizer: Tokenizer) -> Transformer:
     """Make a network with random weights."""
     network = PreNormTransformer if settings.norm_first else Transformer
     return network(tokenizer.get_vocab_size(), settings)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"can't write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

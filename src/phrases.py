@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Phrases in two languages, without end, from Unicode's CLDR: a text for translation.py to learn.
 
 Babel writes times, spans, units, amounts of money and dates in all its languages, so each pair says

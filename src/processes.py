@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What several processes need, and a run that a scheduler may stop: translation.py uses it."""
 
 import argparse
@@ -55,9 +54,8 @@ def by_first(make: Callable[[], Result]) -> Result:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Refuse a folder that another run uses; the lock dies with the process."""
-    lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / "lock").acquire(timeout=0)
     except Timeout:
         raise OSError(f"another run is using {folder}") from None
     with lock:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Beam search: the likeliest translation, not the likeliest next token.
 
 translation.py uses it. It keeps several unfinished translations of each sentence (section 6.1 of

@@ -2,7 +2,7 @@
 """The Transformer learns to translate: all that real work adds to it.
 
 Run `poetry run src/translation.py`. It learns phrases that Babel makes in German and English, in
-about four minutes, or `--data DIR`, your own parallel text: train.de, val.de, test*.de and the same
+about two minutes, or `--data DIR`, your own parallel text: train.de, val.de, test*.de and the same
 with .en, one sentence per line, plain or gzipped, of any size. It saves a checkpoint every few
 minutes, after each epoch, at Ctrl-C and at SIGTERM (`--resume` continues), and tests the network.
 Results go to runs/translation/, where `--translate "vor 3 Tagen"` finds them.
@@ -58,7 +58,6 @@ from network import (
     open_model,
     refusing,
     save_model,
-    write,
 )
 from phrases import check_languages, write_phrases
 from processes import (
@@ -71,7 +70,7 @@ from processes import (
     usable_device,
 )
 from search import autocast, translate
-from transformer import BOS, EOS, MAX_LENGTH, PAD, Transformer, learning_rate
+from transformer import BOS, EOS, MAX_LENGTH, PAD, Transformer, learning_rate, write
 
 OUT = Path(__file__).resolve().parent.parent / "runs/translation"
 Tests = dict[str, list[Pair]]

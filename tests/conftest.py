@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import copy
 import gzip
 import os
 import runpy
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 import clothes
+from attention import causal_mask
 from corpus import Corpus, make_tokenizer
 from network import PreNormTransformer, Settings
-from transformer import PAD, Sizes, Transformer
+from transformer import PAD, DecoderLayer, Sizes, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores
@@ -46,10 +48,86 @@ def make(num_layers=2, dropout=0.0, norm_first=True):
     return model.double()
 
 
-def draw(lengths, vocab_size=20):
+def draw(lengths, vocab_size=20, lowest=3):
     """Draw tokens (B, T) of these lengths, with padding after the end."""
-    rows = [torch.randint(3, vocab_size, (n,)) for n in lengths]
+    rows = [torch.randint(lowest, vocab_size, (n,)) for n in lengths]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+class Theirs(nn.Module):
+    """PyTorch's own Transformer with the weights of ours, and the same things around it."""
+
+    def __init__(self, ours):
+        super().__init__()
+        self.embedding, self.positions = copy.deepcopy(ours.embedding), ours.positions
+        layer, d_model = ours.encoder[0], ours.embedding.embedding_dim
+        self.layers = nn.Transformer(
+            d_model, layer.self_attention.num_heads, len(ours.encoder), len(ours.decoder),
+            layer.feed_forward[0].out_features, dropout=0.0, batch_first=True,
+            norm_first=isinstance(ours, PreNormTransformer),
+        )  # fmt: skip
+        if not isinstance(ours, PreNormTransformer):  # the paper has no norm at the end
+            self.layers.encoder.norm = self.layers.decoder.norm = None
+        self.to(ours.positions.dtype)
+        for parameter in self.layers.parameters():
+            nn.init.zeros_(parameter)  # the biases of attention, which ours has not, stay so
+        with torch.no_grad():
+            for parameters, same in self.same(ours):
+                same.copy_(torch.cat(parameters))
+
+    def same(self, ours):
+        """Yield parameters of ours with the one here that does the same."""
+        yield [ours.embedding.weight], self.embedding.weight
+        others = [*self.layers.encoder.layers, *self.layers.decoder.layers]
+        if isinstance(ours, PreNormTransformer):
+            for a, b in (
+                (ours.encoder_norm, self.layers.encoder.norm),
+                (ours.decoder_norm, self.layers.decoder.norm),
+            ):
+                yield [a.weight], b.weight
+                yield [a.bias], b.bias
+        for layer, other in zip([*ours.encoder, *ours.decoder], others, strict=True):
+            heads = [(layer.self_attention, other.self_attn)]
+            modules = [(layer.feed_forward[0], other.linear1), (layer.norm1, other.norm1)]
+            modules += [(layer.feed_forward[2], other.linear2), (layer.norm2, other.norm2)]
+            if isinstance(layer, DecoderLayer):
+                heads.append((layer.cross_attention, other.multihead_attn))
+                modules.append((layer.norm3, other.norm3))
+            for a, b in heads:
+                yield [a.W_q.weight, a.W_k.weight, a.W_v.weight], b.in_proj_weight
+                yield [a.W_o.weight], b.out_proj.weight
+            for a, b in modules:
+                yield [a.weight], b.weight
+                yield [a.bias], b.bias
+
+    def embed(self, tokens):
+        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
+        return x + self.positions[: tokens.shape[1]]
+
+    def forward(self, source, target):
+        # Its masks are True where nothing may be attended to.
+        x = self.layers(
+            self.embed(source), self.embed(target),
+            tgt_mask=~causal_mask(target.shape[1]), src_key_padding_mask=source == PAD,
+            tgt_key_padding_mask=target == PAD, memory_key_padding_mask=source == PAD,
+        )  # fmt: skip
+        return x @ self.embedding.weight.T
+
+
+def assert_equals_pytorch(ours):
+    """Assert that values and gradients of all parameters are those of nn.Transformer."""
+    theirs = Theirs(ours)
+    source, target = draw([7, 4, 1]), draw([3, 6, 5])
+    real = target != PAD
+    logits, expected = (model(source, target)[real] for model in (ours, theirs))
+    torch.testing.assert_close(logits, expected)
+    for values in (logits, expected):
+        values.sin().sum().backward()
+    same = list(theirs.same(ours))
+    assert sum(len(parameters) for parameters, _ in same) == len(list(ours.parameters()))
+    for parameters, other in same:
+        assert all(parameter.grad.abs().max() > 1e-6 for parameter in parameters)
+        torch.testing.assert_close(torch.cat([p.grad for p in parameters]), other.grad)
 
 
 def corpus_of(pairs):

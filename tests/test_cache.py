@@ -5,11 +5,12 @@ import torch.nn.functional as F
 import transformer as T
 from attention import padding_mask
 from cache import cached
-from test_transformer import draw, make
+from conftest import draw, make
 
 
-def test_the_cache_changes_no_logit():
-    model = make()
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_cache_changes_no_logit(norm_first):
+    model = make(norm_first=norm_first)
     source, target = draw([5, 3]), draw([6, 6])
     memory, mask = model.encode(source), padding_mask(source, T.PAD)
     parts, start = [], 0

@@ -1,107 +1,23 @@
 """The network of real work: settings, pre-norm, and its file."""
 
-import copy
 import dataclasses
 import json
 import math
-import os
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import network as N
 from attention import causal_mask
-from conftest import SMALL, draw, make
-from transformer import PAD, Sizes, Transformer
-
-
-class PyTorchs(nn.Module):
-    """PyTorch's own Transformer, norm first, with the weights of ours."""
-
-    def __init__(self, ours):
-        super().__init__()
-        self.embedding, self.positions = copy.deepcopy(ours.embedding), ours.positions
-        layer, d_model = ours.encoder[0], ours.embedding.embedding_dim
-        self.layers = nn.Transformer(
-            d_model, layer.self_attention.num_heads, len(ours.encoder), len(ours.decoder),
-            layer.feed_forward[0].out_features, dropout=0.0, batch_first=True, norm_first=True,
-            dtype=torch.float64,
-        )  # fmt: skip
-        for parameter in self.layers.parameters():
-            nn.init.zeros_(parameter)  # the biases of attention, which ours has not, stay so
-        self.attention = []  # ours, and PyTorch's
-        for layer, other in zip(
-            [*ours.encoder, *ours.decoder],
-            [*self.layers.encoder.layers, *self.layers.decoder.layers],
-            strict=True,
-        ):
-            self.attention.append((layer.self_attention, other.self_attn))
-            if hasattr(layer, "cross_attention"):
-                self.attention.append((layer.cross_attention, other.multihead_attn))
-                other.norm3.load_state_dict(layer.norm3.state_dict())
-            other.linear1.load_state_dict(layer.feed_forward[0].state_dict())
-            other.linear2.load_state_dict(layer.feed_forward[2].state_dict())
-            other.norm1.load_state_dict(layer.norm1.state_dict())
-            other.norm2.load_state_dict(layer.norm2.state_dict())
-        for mine, other in self.attention:
-            weights = [W.weight for W in (mine.W_q, mine.W_k, mine.W_v)]
-            other.in_proj_weight.data.copy_(torch.cat(weights))
-            other.out_proj.load_state_dict({"weight": mine.W_o.weight}, strict=False)
-        self.layers.encoder.norm.load_state_dict(ours.encoder_norm.state_dict())
-        self.layers.decoder.norm.load_state_dict(ours.decoder_norm.state_dict())
-
-    def embed(self, tokens):
-        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
-        return x + self.positions[: tokens.shape[1]]
-
-    def forward(self, source, target):
-        # Its masks are True where nothing may be attended to.
-        x = self.layers(
-            self.embed(source), self.embed(target),
-            tgt_mask=~causal_mask(target.shape[1]), src_key_padding_mask=source == PAD,
-            tgt_key_padding_mask=target == PAD, memory_key_padding_mask=source == PAD,
-        )  # fmt: skip
-        return x @ self.embedding.weight.T
+from conftest import SMALL, assert_equals_pytorch, draw, make
+from transformer import Sizes, Transformer
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_values_and_gradients_of_pre_norm_are_those_of_pytorch():
-    ours = make()
-    theirs = PyTorchs(ours)
-    source, target = draw([7, 4, 1]), draw([3, 6, 5])
-    real = target != PAD
-    logits, expected = (model(source, target)[real] for model in (ours, theirs))
-    torch.testing.assert_close(logits, expected)
-    for values in (logits, expected):
-        values.sin().sum().backward()
-    compared = 0
-    for mine, other in theirs.attention:
-        weights = [W.weight.grad for W in (mine.W_q, mine.W_k, mine.W_v)]
-        torch.testing.assert_close(torch.cat(weights), other.in_proj_weight.grad)
-        torch.testing.assert_close(mine.W_o.weight.grad, other.out_proj.weight.grad)
-        compared += 4
-    layers = [*theirs.layers.encoder.layers, *theirs.layers.decoder.layers]
-    for layer, other in zip([*ours.encoder, *ours.decoder], layers, strict=True):
-        pairs = [(layer.norm1, other.norm1), (layer.norm2, other.norm2)]
-        pairs += [(layer.feed_forward[0], other.linear1), (layer.feed_forward[2], other.linear2)]
-        pairs += [(layer.norm3, other.norm3)] if hasattr(layer, "norm3") else []
-        for mine, its in pairs:
-            torch.testing.assert_close(mine.weight.grad, its.weight.grad)
-            torch.testing.assert_close(mine.bias.grad, its.bias.grad)
-            compared += 2
-    for mine, its in (
-        (ours.encoder_norm, theirs.layers.encoder.norm),
-        (ours.decoder_norm, theirs.layers.decoder.norm),
-    ):
-        torch.testing.assert_close(mine.weight.grad, its.weight.grad)
-        torch.testing.assert_close(mine.bias.grad, its.bias.grad)
-        compared += 2
-    torch.testing.assert_close(ours.embedding.weight.grad, theirs.embedding.weight.grad)
-    assert compared + 1 == len(list(ours.parameters()))
-    assert all(p.grad.abs().max() > 1e-6 for p in ours.parameters())
+    assert_equals_pytorch(make())
 
 
 def test_the_future_changes_nothing():
@@ -231,13 +147,3 @@ def test_a_model_that_is_none_is_refused_with_a_reason(saved, tmp_path, spoil, m
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    N.write(path, b"old")
-    assert path.read_bytes() == b"old"
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match=r"file.*No space left"):
-        N.write(path, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]

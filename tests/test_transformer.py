@@ -1,6 +1,6 @@
 import contextlib
-import copy
 import errno
+import functools
 import io
 import json
 import math
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import conftest
 import dates
 import transformer as T
 from attention import causal_mask, padding_mask
@@ -27,87 +28,13 @@ SMALL = T.Sizes(d_model=16, num_heads=2, num_layers=2, d_ff=24, dropout=0.0)
 BASE = T.Sizes(d_model=512, num_heads=8, num_layers=6, d_ff=2048, dropout=0.1)
 
 
-def make(vocab_size=20, dropout=0.0):
-    """Make a network in float64, the same every time, with no parameter at 0 or 1."""
-    torch.manual_seed(0)
-    model = T.Transformer(vocab_size, T.Sizes(16, 2, 2, 24, dropout))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
-    return model.double()
-
-
-def draw(lengths, vocab_size=20):
-    """Draw tokens (B, T) of these lengths, with padding after the end."""
-    rows = [torch.randint(4, vocab_size, (length,)) for length in lengths]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=T.PAD)
-
-
-class Theirs(nn.Module):
-    """PyTorch's own Transformer with the weights of ours, and the same things around it."""
-
-    def __init__(self, ours):
-        super().__init__()
-        self.embedding, self.positions = copy.deepcopy(ours.embedding), ours.positions
-        layer, d_model = ours.encoder[0], ours.embedding.embedding_dim
-        self.layers = nn.Transformer(
-            d_model, layer.self_attention.num_heads, len(ours.encoder), len(ours.decoder),
-            layer.feed_forward[0].out_features, dropout=0.0, batch_first=True,
-        )  # fmt: skip
-        self.layers.encoder.norm = self.layers.decoder.norm = None  # the paper has none
-        self.to(ours.positions.dtype)
-        for parameter in self.layers.parameters():
-            nn.init.zeros_(parameter)  # the biases of attention, which ours has not, stay so
-        with torch.no_grad():
-            for parameters, same in self.same(ours):
-                same.copy_(torch.cat(parameters))
-
-    def same(self, ours):
-        """Yield parameters of ours with the one here that does the same."""
-        yield [ours.embedding.weight], self.embedding.weight
-        others = [*self.layers.encoder.layers, *self.layers.decoder.layers]
-        for layer, other in zip([*ours.encoder, *ours.decoder], others, strict=True):
-            heads = [(layer.self_attention, other.self_attn)]
-            modules = [(layer.feed_forward[0], other.linear1), (layer.norm1, other.norm1)]
-            modules += [(layer.feed_forward[2], other.linear2), (layer.norm2, other.norm2)]
-            if isinstance(layer, T.DecoderLayer):
-                heads.append((layer.cross_attention, other.multihead_attn))
-                modules.append((layer.norm3, other.norm3))
-            for a, b in heads:
-                yield [a.W_q.weight, a.W_k.weight, a.W_v.weight], b.in_proj_weight
-                yield [a.W_o.weight], b.out_proj.weight
-            for a, b in modules:
-                yield [a.weight], b.weight
-                yield [a.bias], b.bias
-
-    def embed(self, tokens):
-        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
-        return x + self.positions[: tokens.shape[1]]
-
-    def forward(self, source, target):
-        # Its masks are True where nothing may be attended to.
-        x = self.layers(
-            self.embed(source), self.embed(target),
-            tgt_mask=~causal_mask(target.shape[1]), src_key_padding_mask=source == T.PAD,
-            tgt_key_padding_mask=target == T.PAD, memory_key_padding_mask=source == T.PAD,
-        )  # fmt: skip
-        return x @ self.embedding.weight.T
+make = functools.partial(conftest.make, norm_first=False)
+draw = functools.partial(conftest.draw, lowest=4)  # no UNKNOWN
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_values_and_gradients_are_those_of_pytorch():
-    ours = make()
-    theirs = Theirs(ours)
-    source, target = draw([7, 4, 1]), draw([3, 6, 5])
-    real = target != T.PAD
-    logits, expected = (model(source, target)[real] for model in (ours, theirs))
-    torch.testing.assert_close(logits, expected)
-    for values in (logits, expected):
-        values.sin().sum().backward()
-    same = list(theirs.same(ours))
-    assert sum(len(parameters) for parameters, _ in same) == len(list(ours.parameters()))
-    for parameters, other in same:
-        assert all(parameter.grad.abs().max() > 1e-6 for parameter in parameters)
-        torch.testing.assert_close(torch.cat([p.grad for p in parameters]), other.grad)
+    conftest.assert_equals_pytorch(make())
 
 
 def test_the_future_changes_nothing():

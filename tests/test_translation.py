@@ -506,16 +506,6 @@ def test_the_best_network_is_kept_and_not_the_last(trained, tmp_path, capsys, mo
         assert not torch.equal(tensor, weights[2][name])
 
 
-def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    T.write(path, b"old")
-    assert path.read_bytes() == b"old"
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match=r"file.*No space left"):
-        T.write(path, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
-
-
 # As a person runs it
 
 
