@@ -1,6 +1,7 @@
 """The pages are true: their commands, outputs, code, links and pictures."""
 
 import importlib
+import math
 import os
 import re
 import shlex
@@ -144,6 +145,13 @@ def test_a_picture_is_drawn_by_make_docs(page, picture):
 
 def test_the_entrance_is_short():
     assert len(PAGES[ROOT / "README.md"].splitlines()) <= 220
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_reading_a_chapter_takes_a_minute_per_hundred_words(number):
+    row = re.search(rf"^\| \[{number}\. .*$", PAGES[ROOT / "README.md"], re.MULTILINE)[0]
+    minutes = 5 * math.ceil(len(chapter(number).split()) / 500)
+    assert row.split(" | ")[2] == str(minutes)
 
 
 def test_the_chapters_have_few_numbers_outside_tables_and_code():
