@@ -73,7 +73,8 @@ def find_row(text: str, change: dict[str, Any]) -> re.Match[str]:
 
 def cells(text: str, change: dict[str, Any]) -> list[str]:
     """Return the cells of a row after its first."""
-    return [each.strip() for each in find_row(text, change)[1].rstrip("| ").split("|")]
+    row = find_row(text, change)[1].rstrip().removesuffix("|")
+    return [each.strip() for each in row.split("|")]
 
 
 def main() -> None:
