@@ -34,6 +34,7 @@ SETTINGS = replace(script.PRESETS["small"], dropout=0.0)  # PyTorch's has dropou
 SENTENCES, WORDS = 300, (8, 28)  # and how many tokens one has
 DECODED = 64  # tokens
 BATCHES = (1, 8, 32)  # sentences to decode at once
+BEAMS = (1, 4)
 
 Pairs = list[tuple[list[int], list[int]]]
 
@@ -151,17 +152,18 @@ def compare(pairs: Pairs, device: str) -> nn.Module:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, B: int, device: str) -> None:
+def decode(model: nn.Module, B: int, beam: int, device: str) -> None:
     """Measure decoding with and without the cache, and print a line."""
     S = (DECODED - 20) // 2  # for a target is at most twice as long, and 20 tokens
     source = torch.randint(3, SETTINGS.vocab_size, (B, S), device=device)
     (slow, fast), found = in_turn(
-        lambda: search.beam_search(model, source, beam=1, use_cache=False),
-        lambda: search.beam_search(model, source, beam=1),
+        lambda: search.beam_search(model, source, beam, use_cache=False),
+        lambda: search.beam_search(model, source, beam),
     )
     assert found[0][0] == found[0][1], "the cache changes what is decoded"
     assert {len(ids) for ids in found[0][1]} == {DECODED}
-    print(f"{B:5} {1000 * slow:14.0f} {1000 * fast:11.0f} {slow / fast:7.1f}")
+    times = f"{1000 * slow:14.0f} {1000 * fast:11.0f} {slow / fast:6.1f}"
+    print(f"{beam:4} {B:10} {times} {B / fast:12.1f}")
 
 
 def without_end(model: nn.Module) -> None:
@@ -181,10 +183,11 @@ def main() -> None:
     print("steps  nn.Transformer   ours  ratio  tokens/s  losses")
     model = compare(draw_sentences(), device)
     without_end(model)
-    print(f"\nDecoding {DECODED} tokens:")
-    print("batch  without cache  with cache   ratio")
-    for B in BATCHES:
-        decode(model, B, device)
+    print(f"\nDecoding {DECODED} tokens, milliseconds:")
+    print("beam  sentences  without cache  with cache  ratio  sentences/s")
+    for beam in BEAMS:
+        for B in BATCHES:
+            decode(model, B, beam, device)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ def cached(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     rows: dict[nn.Module, Tensor] = {}
 
     def append(W: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        rows[W] = torch.cat((rows[W], output), dim=1) if W in rows else output
+        if W not in rows:
+            rows[W] = output
+        elif output.shape[1]:  # the memory is given only once
+            rows[W] = torch.cat((rows[W], output), dim=1)
         return rows[W]  # what a forward hook returns takes the place of the output
 
     decoder = model.get_submodule("decoder")

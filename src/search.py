@@ -70,7 +70,7 @@ def beam_search(
             # No continuation can be better: log P only falls, and the penalty ends at the limit's.
             if ((best >= score[:, 0] / penalty[limit]) | (length >= limit)).all():
                 break
-            for W in own if use_cache else ():
+            for W in own if use_cache and beam > 1 else ():
                 kept[W] = kept[W][rows]  # those of the memory are the same for a whole beam
             memory = memory[:, :0] if use_cache else memory
     return [[i for i in ids if i != PAD] for ids in found.tolist()]
