@@ -1,5 +1,6 @@
 """The numbers that the course works out by hand are those that PyTorch computes."""
 
+import doctest
 import importlib
 import math
 import re
@@ -54,7 +55,7 @@ def test_a_column_minus_a_row():
     column, row, table = map(evaluate, matrices("1-hello.md", "A column minus a row"))
     torch.testing.assert_close(column - row, table)
     assert torch.equal(column.squeeze(1), row.squeeze(0))
-    top, bottom, mean = find("1-hello.md", "mean of the nine squares is", ", not 0")
+    top, bottom, mean = find("1-hello.md", "mean of the nine squared differences is", ", not 0")
     assert (top, bottom) == (table.square().sum(), table.numel())
     assert table.square().mean().item() == pytest.approx(mean, abs=0.005)
 
@@ -153,7 +154,7 @@ def test_smoothed_labels_and_their_lowest_loss():
     logits = torch.randn(1, 10)
     loss = F.cross_entropy(logits, torch.tensor([3]), label_smoothing=0.1)
     torch.testing.assert_close(loss, -(target * logits.log_softmax(dim=1)).sum())
-    (lowest,) = find("2-fashion-mnist.md", "the loss can't fall below", " ###")
+    (lowest,) = find("2-fashion-mnist.md", "the loss can't fall below", "; the")
     best = F.cross_entropy(target.log().unsqueeze(0), torch.tensor([3]), label_smoothing=0.1)
     assert best.item() == pytest.approx(lowest, abs=0.005)
 
@@ -190,6 +191,16 @@ def test_what_cat_gets(capsys):
     """To two digits, from the two digits that the script prints."""
     found, row = walk(capsys), 1
     page = "3-attention.md"
+    vectors = find(page, "the key of *the* are ```math (", ") ``` and their")
+    wanted = torch.cat((found["Q = x W_q"][row], found["K = x W_k"][0]))
+    assert vectors == pytest.approx(wanted.tolist())
+    *factors, product = find(page, "dot product is ```math", "```")
+    assert factors == [n for pair in zip(vectors[:4], vectors[4:], strict=True) for n in pair]
+    assert product == pytest.approx(
+        (found["Q = x W_q"][row] @ found["K = x W_k"][0]).item(), abs=0.01
+    )
+    (score,) = find(page, "which gives", "These are the scores")
+    assert score == pytest.approx(product / 2, abs=0.005)
     *_, weight = said = find(page, r"\begin{aligned} e^{", r"\end{aligned}")
     scores, exponentials, total = said[:5:], said[5:10], said[10]
     assert scores == pytest.approx(found["QKᵀ/√d_k"][row].tolist(), abs=0.001)
@@ -200,6 +211,44 @@ def test_what_cat_gets(capsys):
     the, cat, sees, dog = weights
     expected = found["softmax(QKᵀ/√d_k)"][row].tolist()
     assert [the, cat, sees, the, dog] == pytest.approx(expected, abs=0.001)
+
+
+def test_the_first_position_by_hand():
+    said = find("3-attention.md", r"\cos 0.01) = (", ")")
+    attention = importlib.import_module("attention")
+    assert said == pytest.approx(attention.positional_encoding(2, 4)[1].tolist(), abs=0.005)
+
+
+def test_weights_under_a_mask_by_hand():
+    one, total, weight = find("3-attention.md", "What are its weights? (0, then $`", "`$ and")
+    weights = torch.tensor([-math.inf, 1.0, 0.0]).softmax(dim=0)
+    assert (one, total) == pytest.approx((math.e, math.e + 1), abs=0.001)
+    assert weight == pytest.approx(weights[1].item(), abs=0.005)
+    (other,) = find("3-attention.md", "`$ and $`1 / 3.718 =", "`$.)")
+    assert other == pytest.approx(weights[2].item(), abs=0.005)
+
+
+def test_the_highest_learning_rate_by_hand():
+    transformer = importlib.import_module("transformer")
+    d_model, warmup, rate = find("4-transformer.md", r"With the $`d_\text{model}`$", ". ![")
+    assert (d_model, warmup) == (transformer.Sizes().d_model, transformer.WARMUP)
+    assert rate == pytest.approx(transformer.learning_rate(warmup, d_model, warmup))
+
+
+def test_scores_of_two_translations_by_hand():
+    (short,) = find("5-translation.md", "one token with log-probability", ", or one of")
+    (long,) = find("5-translation.md", "seven with", "? (The scores")
+    first, _, one, second, _, two = find("5-translation.md", "(The scores are $`", "`$: the longer")
+    assert (first, second) == (short, long)
+    assert (one, two) == pytest.approx((short / ((5 + 1) / 6), long / ((5 + 7) / 6)))
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_what_is_typed_at_the_prompt_gives_what_the_page_says(page):
+    text = page.read_text(encoding="utf-8")
+    typed = "\n".join(re.findall(r"^```pycon\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    case = doctest.DocTestParser().get_doctest(typed, {"torch": torch}, page.name, str(page), 0)
+    assert doctest.DocTestRunner(verbose=False).run(case).failed == 0
 
 
 def test_a_layer_norm_by_hand():
