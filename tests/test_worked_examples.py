@@ -231,7 +231,9 @@ def test_weights_under_a_mask_by_hand():
 
 def test_the_highest_learning_rate_by_hand():
     transformer = importlib.import_module("transformer")
-    d_model, warmup, rate = find("4-transformer.md", r"With the $`d_\text{model}`$", ". ![")
+    d_model, warmup, rate = find(
+        "4-transformer.md", r"With this script's $`d_\text{model}`$", ". The script"
+    )
     assert (d_model, warmup) == (transformer.Sizes().d_model, transformer.WARMUP)
     assert rate == pytest.approx(transformer.learning_rate(warmup, d_model, warmup))
 
