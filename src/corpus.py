@@ -30,16 +30,17 @@ from tqdm import tqdm
 from transformer import BOS, EOS, MAX_LENGTH, PAD
 
 LONGEST = 5000  # characters in a line; 256 tokens have fewer
-UNBROKEN = re.compile(r"\S{1000}")  # learning pieces takes too long in words without an end
-SAMPLE = 500_000  # pairs from which the tokenizer is learned, at most
+UNBROKEN = re.compile(r"\S{1000}")  # training the tokenizer takes too long on endless words
+SAMPLE = 500_000  # pairs to train the tokenizer on, at most
 CHUNK = 10_000  # pairs encoded at once
 
 Pair = tuple[str, str]  # source and target
+Tests = dict[str, list[Pair]]
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open `path`.gz or else `path`; turn what shows that it is broken into OSError."""
+    """Open `path`.gz, or else `path`; turn the errors of a broken file into OSError."""
     zipped = path.with_name(path.name + ".gz")
     path = zipped if zipped.exists() else path
     try:
@@ -50,13 +51,13 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Read the lines of `path` or `path`.gz; what is longer than LONGEST bytes is cut there."""
+    """Read the lines of `path` or `path`.gz; a line is cut off after 4 * LONGEST bytes."""
     with open_text(path) as file:
         while line := file.readline(4 * LONGEST):
             rest = line
             while rest and not rest.endswith(b"\n"):
                 rest = file.readline(4 * LONGEST)
-            # A character that was cut in two makes no error, as its line is too long anyway.
+            # A character cut in two is ignored: its line is too long anyway.
             text = line.decode("utf-8-sig", "strict" if len(line) < 4 * LONGEST else "ignore")
             yield text.removesuffix("\n").removesuffix("\r")
 
@@ -88,6 +89,16 @@ def find_tests(folder: Path, languages: Sequence[str]) -> list[str]:
     return sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
 
 
+def read_tests(folder: Path, languages: Sequence[str]) -> Tests:
+    """Read every test. Raises OSError if there is none, or one is broken or without sentences."""
+    tests = {name: [*read_pairs(folder, name, languages)] for name in find_tests(folder, languages)}
+    for name, pairs in (tests or {"test*": []}).items():
+        if not any(all(map(str.strip, pair)) for pair in pairs):
+            source, target = (f"{name}.{language}" for language in languages)
+            raise OSError(f"{folder} needs sentences in {source} and {target}")
+    return tests
+
+
 def usable(pair: Pair) -> bool:
     """Return whether neither side is empty, too long, or unbroken for too long."""
     return all(
@@ -97,9 +108,9 @@ def usable(pair: Pair) -> bool:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn byte-pair encoding (Sennrich et al. 2016) within words; each digit stays alone.
+    """Learn byte-pair encoding (Sennrich et al. 2016) within words; each digit is one token.
 
-    It starts from bytes, so that every text can be encoded and comes back as it was.
+    It starts from bytes, so any text can be encoded, and decoding restores it unchanged.
     """
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,7 +126,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(text: str) -> Tokenizer:
-    """Make a tokenizer that takes `<s>` in a text for what it is: three characters."""
+    """Make a tokenizer that treats `<s>` in a text as plain text: three characters."""
     tokenizer = Tokenizer.from_str(text)
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -142,15 +153,17 @@ class Corpus:
 
     def sequences(self, rows: Tensor, side: int) -> Tensor:
         """Return the sources (side 0) or targets (1) of pairs (B,), with PAD after them: (B, T)."""
-        start, end = (self.offsets[2 * rows + i].to(self.tokens.device) for i in (side, side + 1))
-        width = torch.arange(int((end - start).max()), device=start.device)
-        index = start.unsqueeze(1) + width  # (B, T)
-        inside = index < end.unsqueeze(1)
-        return torch.where(inside, self.tokens[torch.where(inside, index, 0)], PAD).long()
+        start, end = (self.offsets[2 * rows + i].unsqueeze(1) for i in (side, side + 1))
+        index = start + torch.arange(int((end - start).max()))  # (B, T)
+        index = index.masked_fill(index >= end, -1)
+        if self.tokens.is_cuda:
+            index = index.pin_memory()  # else the copy waits until the GPU is idle
+        index = index.to(self.tokens.device, non_blocking=True)
+        return torch.where(index < 0, PAD, self.tokens[index.clamp(min=0)]).long()
 
 
 def encode(tokenizer: Tokenizer, pairs: Iterable[Pair], path: Path, total: int) -> None:
-    """Encode usable pairs of at most MAX_LENGTH tokens a side into `path`.tokens and .offsets."""
+    """Encode usable pairs of at most MAX_LENGTH tokens per side to `path`.tokens and .offsets."""
     offsets, stream = array("q", [0]), iter(pairs)
     bar = tqdm(total=total, desc=f"encoding {path.name}", unit=" pairs", leave=False, disable=None)
     with path.with_suffix(".tokens").open("wb") as file:
@@ -171,7 +184,7 @@ def encode(tokenizer: Tokenizer, pairs: Iterable[Pair], path: Path, total: int) 
 
 
 def open_corpus(path: Path) -> Corpus:
-    """Map what `encode` wrote. Raises OSError if it is broken."""
+    """Map the files that `encode` wrote. Raises OSError if they are broken."""
     mapped = []
     for ending, dtype in ((".tokens", torch.int32), (".offsets", torch.int64)):
         file = path.with_suffix(ending)
@@ -179,7 +192,7 @@ def open_corpus(path: Path) -> Corpus:
         mapped.append(torch.from_file(str(file), size=count, dtype=dtype) if count else None)
     tokens, offsets = mapped
     if tokens is None or offsets is None or offsets[-1] != len(tokens):
-        raise OSError(f"{path}.tokens is broken; delete {path.parent}, and it is made again")
+        raise OSError(f"{path}.tokens is broken; delete {path.parent} to make it again")
     return Corpus(tokens, offsets)
 
 
@@ -188,8 +201,8 @@ def prepare_corpus(
 ) -> tuple[Path, int]:
     """Learn a tokenizer and encode train and val, unless `cache` holds them already.
 
-    Returns the folder in `cache`, named by a digest of all that it was made from, and the number of
-    training pairs in the text. Raises OSError if the text is missing, broken, or of no use.
+    Returns the folder in `cache`, named after a digest of its sources and settings, and the number
+    of training pairs in the text. Raises OSError if the text is missing, broken, or unusable.
     """
     name, counts = f"{vocab_size} {MAX_LENGTH} {SAMPLE}", {}
     for split in ("train", "val"):
@@ -235,11 +248,11 @@ def cut(lengths: Tensor, tokens: int) -> list[int]:
 
 
 def make_batches(lengths: Tensor, tokens: int, generator: torch.Generator) -> list[Tensor]:
-    """Group pairs whose longer side is as long: rows of at most `tokens` tokens, in random order.
+    """Group pairs of similar length into batches of at most `tokens` tokens, in random order.
 
-    The lengths are (N, 2). Padding to few widths leaves a processor few shapes to prepare for.
+    The lengths are (N, 2). Sorted like this, batches have few different shapes to prepare for.
     """
     random = torch.rand(len(lengths), generator=generator)
-    order = (lengths.amax(dim=1) + random).argsort()
+    order = (lengths.amax(dim=1) + random).argsort(stable=True)  # alike in all processes
     batches = order.tensor_split(cut(lengths[order], tokens)[:-1])
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]

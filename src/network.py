@@ -4,6 +4,7 @@ The layers of transformer.py put LayerNorm after each sublayer, as the paper doe
 before, which trains more easily.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +23,13 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "d_model": (1, 4096, "size of the vectors"),
     "num_heads": (1, 64, "heads of each attention"),
     "num_layers": (1, 48, "layers of the encoder, and of the decoder"),
-    "d_ff": (1, 16_384, "size between the two products of feed-forward"),
+    "d_ff": (1, 16_384, "size inside the feed-forward network"),
     "dropout": (0.0, 0.9, "share of numbers set to 0 in training"),
     "norm_first": (False, True, "put LayerNorm before each sublayer, not after it"),
-    "vocab_size": (300, 100_000, "tokens, at most"),
-    "batch_tokens": (1, 1_000_000, "tokens of a step, source and target, with padding"),
-    "part_tokens": (1, 1_000_000, "tokens of it that a process computes at once"),
-    "warmup": (1, 1_000_000, "steps in which the learning rate rises"),
+    "vocab_size": (300, 100_000, "tokens in the vocabulary, at most"),
+    "batch_tokens": (1, 1_000_000, "tokens per step, source and target, with padding"),
+    "part_tokens": (1, 1_000_000, "tokens that a process computes at once"),
+    "warmup": (1, 1_000_000, "steps during which the learning rate rises"),
     "epochs": (1, 10_000, "passes over the text"),
     "average": (1, 100, "last epochs whose weights are averaged, section 6.1; with 1, the learning "
                 "rate falls to 0 instead"),
@@ -42,17 +43,17 @@ class Settings(Sizes):
     d_model: int = 256
     num_layers: int = 3
     d_ff: int = 512
-    dropout: float = 0.2
+    dropout: float = 0.3
     norm_first: bool = True
     vocab_size: int = 6000
     batch_tokens: int = 2048
     part_tokens: int = 8192
     warmup: int = 1200
-    epochs: int = 13
+    epochs: int = 18
     average: int = 1
 
     def __post_init__(self) -> None:
-        """Check the ranges, so that no option or file asks for more memory than there can be."""
+        """Check the ranges, so that no option or file can ask for an absurd amount of memory."""
         for name, value in asdict(self).items():
             lowest, highest, _ = RANGES[name]
             if not lowest <= value <= highest:
@@ -131,21 +132,40 @@ def refusing(path: Path, message: str) -> Iterator[None]:
     """Turn every error into an OSError: a broken or foreign file fails in many ways."""
     try:
         yield
+    except torch.OutOfMemoryError:  # says nothing about the file
+        raise
     except Exception as error:
-        known = isinstance(error, FileNotFoundError | ValueError)
-        reason = str(error).partition("\n")[0] if known else "it is broken, or another script's"
+        known = isinstance(error, OSError | ValueError)
+        reason = str(error).partition("\n")[0] if known else "it is broken, or from another script"
         raise OSError(f"{message}: {path}: {reason}") from error
 
 
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Write all that it takes to translate into one file."""
+    """Write everything needed for translation to one file."""
     about = {"settings": json.dumps(asdict(settings)), "tokenizer": tokenizer.to_str()}
     write(path, safetensors.torch.save(model.state_dict(), about))
 
 
+def average_weights(model: Transformer, epoch: int, count: int, folder: Path) -> Transformer:
+    """Save the weights of an epoch; return a network with the mean of the last `count` epochs'.
+
+    Raises OSError if they can't be written or read.
+    """
+    last = range(max(1, epoch - count + 1), epoch + 1)
+    paths = [folder / f"weights-{n % count}.safetensors" for n in last]
+    paths[-1].unlink(missing_ok=True)  # if the write fails, no old epoch's may remain
+    write(paths[-1], safetensors.torch.save(model.state_dict()))
+    with refusing(folder, "the weights of the last epochs can't be averaged"):
+        states = [safetensors.torch.load_file(path) for path in paths]
+    mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
+    average = copy.deepcopy(model)
+    average.load_state_dict(mean)
+    return average
+
+
 def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
-    """Read what `save_model` wrote. Raises OSError if `path` is not such a file."""
-    with refusing(path, "no model saved by this script, train one first"):
+    """Read a file that `save_model` wrote. Raises OSError if `path` is not such a file."""
+    with refusing(path, "not a model saved by this script; train one first"):
         with safetensors.safe_open(path, "pt") as file:
             about, names = file.metadata(), set(file.keys())
             weights = {name: file.get_tensor(name) for name in names}
@@ -154,7 +174,7 @@ def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
         with torch.device("meta"):  # takes no memory, whatever the settings say
             expected = make_model(settings, tokenizer).state_dict()
         if any(weights[name].shape != x.shape for name, x in expected.items()):
-            raise ValueError("its weights have other sizes than its settings")
+            raise ValueError("its weights have other sizes than its settings require")
         if not all(x.isfinite().all() for x in weights.values()):
             raise ValueError("some of its weights are not finite")
         model = make_model(settings, tokenizer)

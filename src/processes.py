@@ -1,9 +1,10 @@
-"""What several processes need, and a run that a scheduler may stop: translation.py uses it."""
+"""Tools of translation.py for several processes, and for runs that a job scheduler may stop."""
 
 import argparse
 import datetime
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,10 @@ Result = TypeVar("Result")
 
 
 def join_processes(device: torch.device) -> None:
-    """Let the processes that torchrun has started find each other."""
+    """Connect the processes that torchrun has started."""
     if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)  # else all talk by way of the first GPU
-    # Encoding the text and testing may take hours in the first; torchrun ends all if one dies.
-    dist.init_process_group(timeout=datetime.timedelta(days=7))
+        torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
+    dist.init_process_group(timeout=datetime.timedelta(minutes=10))  # then one is lost
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,7 +30,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(mine: object) -> list[Any]:
-    """Return what each of the processes passes, in all of them."""
+    """Return to every process the list of the objects that the processes pass."""
     everyone = [mine] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(everyone, mine)
@@ -38,17 +38,34 @@ def gather(mine: object) -> list[Any]:
 
 
 def by_first(make: Callable[[], Result]) -> Result:
-    """Let the first process make something; return it, or raise its OSError, in all of them."""
-    made: Any = None
-    if rank_and_world()[0] == 0:
+    """Let the first process make something; return it, or raise its error, in all of them.
+
+    The others hear once a minute that it isn't done. So they can wait for hours, and yet notice
+    soon if the first process or its machine is lost.
+    """
+    if not dist.is_initialized():
+        return make()
+    made: list[Any] = []  # the result, once it is there
+
+    def work() -> None:
         try:
-            made = make()
-        except OSError as error:
-            made = error
-    made = gather(made)[0]
-    if isinstance(made, OSError):
-        raise made
-    return made
+            made.append(make())
+        except Exception as error:
+            made.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    if dist.get_rank() == 0:
+        thread.start()
+    while True:
+        if dist.get_rank() == 0:
+            thread.join(timeout=60)
+        news = [[*made]]
+        dist.broadcast_object_list(news)
+        if news[0]:
+            break
+    if isinstance(news[0][0], Exception):
+        raise news[0][0]
+    return news[0][0]
 
 
 @contextmanager
@@ -64,8 +81,14 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def catching_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that no step is left half done; a second one ends at once."""
+    """Collect signals to stop, so that no step is left half done; a second one ends at once.
+
+    These are Ctrl-C, SIGTERM, and SIGHUP, which a terminal sends as it closes; nohup ignores that.
+    """
     signals: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if os.name == "posix" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
 
     def restore() -> None:
         for number, handler in old.items():
@@ -76,7 +99,7 @@ def catching_signals() -> Iterator[list[int]]:
         if not dist.is_initialized():  # torchrun sends its processes a second one by itself
             restore()
 
-    old = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield signals
     finally:

@@ -28,11 +28,11 @@ def autocast(device: torch.device) -> torch.autocast:
 def beam_search(
     model: Transformer, source: Tensor, beam: int, alpha: float = 1.0, use_cache: bool = True
 ) -> list[list[int]]:
-    """Search the likeliest target of each source (B, S); return their tokens without EOS.
+    """Search for the likeliest target of each source (B, S); return their tokens without EOS.
 
     Keeps the `beam` likeliest unfinished targets of each source, and the best finished one by
     log P / ((5 + length) / 6)^alpha, equation 14 of Wu et al. 2016 (arXiv 1609.08144). A target has
-    at most twice as many tokens as its source, plus 20; one cut there counts if none is finished.
+    at most twice as many tokens as its source, plus 20; if none is finished, one cut there counts.
     """
     B, device = len(source), source.device
     limit = (2 * (source != PAD).sum(dim=1) + 20).clamp(max=MAX_LENGTH)  # (B,)
@@ -40,7 +40,7 @@ def beam_search(
     penalty = ((5 + torch.arange(longest + 1, device=device)) / 6) ** alpha  # of each length
     memory = model.eval().encode(source).repeat_interleave(beam, dim=0)  # (B * beam, S, d_model)
     memory_mask = padding_mask(source, PAD).repeat_interleave(beam, dim=0)
-    likeliest = torch.arange(B, device=device) * beam  # its row among the targets of a source
+    likeliest = torch.arange(B, device=device) * beam  # row of each source's likeliest target
     target = torch.full((B * beam, 1), BOS, device=device)
     score = torch.full((B, beam), -math.inf, device=device)  # log P of the unfinished
     score[:, 0] = 0.0  # all begin alike, so only one may count
@@ -67,7 +67,7 @@ def beam_search(
             target = torch.cat((target[rows], (top % total.shape[-1]).view(-1, 1)), dim=1)
             cut = (length == limit) & best.isinf()
             found[cut, :length] = target[likeliest[cut], 1:]
-            # No continuation can be better: log P only falls, and the penalty ends at the limit's.
+            # No continuation can be better: log P only falls, and penalty[limit] is the largest.
             if ((best >= score[:, 0] / penalty[limit]) | (length >= limit)).all():
                 break
             for W in own if use_cache and beam > 1 else ():
@@ -85,8 +85,9 @@ def translate(
     order = [i for i, line in enumerate(lines) if line.strip() and found[i] is not None]
     order.sort(key=lambda i: len(ids[i]))
     device = model.positions.device
-    for start in range(0, len(order), 100):
-        rows = order[start : start + 100]
+    at_once = max(1, 400 // beam)  # the same number of rows for any beam
+    for start in range(0, len(order), at_once):
+        rows = order[start : start + at_once]
         sources = [torch.tensor(ids[i]) for i in rows]
         source = pad_sequence(sources, batch_first=True, padding_value=PAD).to(device)
         with autocast(device):

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""The Transformer learns to translate: all that real work adds to it.
+"""The Transformer learns to translate, with everything that real work needs.
 
 Run `poetry run src/translation.py`. It learns phrases that Babel makes in German and English, in
-about two minutes, or `--data DIR`, your own parallel text: train.de, val.de, test*.de and the same
-with .en, one sentence per line, plain or gzipped, of any size. It saves a checkpoint every few
-minutes, after each epoch, at Ctrl-C and at SIGTERM (`--resume` continues), and tests the network.
+about two minutes. `--data DIR` gives it your own parallel text: train.de, val.de, test*.de and the
+same with .en, one sentence per line, plain or gzipped, of any size. It saves a checkpoint every few
+minutes, after each epoch, and on Ctrl-C or SIGTERM (`--resume` continues), and tests the network.
 Results go to runs/translation/, where `--translate "vor 3 Tagen"` finds them.
 `poetry run torchrun --nproc-per-node 2 src/translation.py ...` trains with two processes.
 """
 
 import argparse
-import copy
 import io
 import json
 import math
@@ -26,7 +25,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,18 +39,19 @@ from attention import draw_heads
 from corpus import (
     Corpus,
     Pair,
+    Tests,
     cut,
-    find_tests,
     make_batches,
     open_corpus,
     open_tokenizer,
     prepare_corpus,
-    read_pairs,
+    read_tests,
 )
 from network import (
     PRESETS,
     RANGES,
     Settings,
+    average_weights,
     flag,
     make_model,
     open_model,
@@ -73,7 +72,6 @@ from search import autocast, translate
 from transformer import BOS, EOS, MAX_LENGTH, PAD, Transformer, learning_rate, write
 
 OUT = Path(__file__).resolve().parent.parent / "runs/translation"
-Tests = dict[str, list[Pair]]
 
 
 class Epoch(NamedTuple):
@@ -102,7 +100,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A training: its identity, which no `--resume` may change, and its state."""
+    """A training run: its identity, which `--resume` must not change, and its state."""
 
     identity: dict[str, Any]
     settings: Settings
@@ -150,12 +148,12 @@ def train_epoch(
 ) -> Iterator[bool]:
     """Train from progress.batch on to the end of the epoch.
 
-    Yields, after a step, whether a signal has come to one of the processes. Raises
+    Yields, after a step, whether one of the processes has received a signal. Raises
     FloatingPointError if the loss is not finite.
     """
     progress, settings, device = run.progress, run.settings, corpus.tokens.device
     rank, world = rank_and_world()
-    look = 1 if device.type == "cpu" else 20  # steps; asking a GPU for a number makes it wait
+    look = 1 if device.type == "cpu" else 10  # steps; asking a GPU for a number makes it wait
     generator = torch.Generator().manual_seed(hash((progress.seed, progress.epoch)) % 2**63)
     batches = make_batches(corpus.lengths, settings.batch_tokens, generator)
     losses = torch.zeros((), device=device)  # summed since the last look
@@ -210,18 +208,6 @@ def evaluate(model: Transformer, corpus: Corpus, tokens: int) -> float:
     return total / int((corpus.lengths[:, 1] - 1).sum())
 
 
-def average_weights(run: Run, out: Path) -> Transformer:
-    """Save the weights of this epoch; return a network with the mean of the last ones."""
-    epoch, places = run.progress.epoch, run.settings.average
-    weights = safetensors.torch.save(run.model.state_dict())
-    write(out / f"weights-{epoch % places}.safetensors", weights)
-    model, last = copy.deepcopy(run.model), range(max(1, epoch - places + 1), epoch + 1)
-    states = [safetensors.torch.load_file(out / f"weights-{n % places}.safetensors") for n in last]
-    mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
-    model.load_state_dict(mean)
-    return model
-
-
 def draw_losses(rows: Sequence[Epoch]) -> bytes:
     """Draw the losses by epoch: a PNG."""
     epochs, training, validation, _ = zip(*rows, strict=True)
@@ -259,10 +245,15 @@ def printable(text: object) -> str:
 
 
 def save_checkpoint(path: Path, run: Run) -> None:
-    """Write all that it takes to continue as if nothing had happened."""
+    """Write everything needed to continue as if nothing had happened.
+
+    Raises FloatingPointError if the weights are not finite; those in the file may still be.
+    """
+    if not all(parameter.isfinite().all() for parameter in run.model.parameters()):
+        raise FloatingPointError("the weights are no longer finite; a longer warmup may help")
     state = {"run": run.identity, "model": run.model.state_dict()}
     state["optimizer"] = run.optimizer.state_dict()
-    rows = [list(row) for row in run.progress.rows]  # for torch.load knows no NamedTuple
+    rows = [list(row) for row in run.progress.rows]  # torch.load rejects a NamedTuple
     buffer = io.BytesIO()
     torch.save(state | {"progress": asdict(run.progress) | {"rows": rows}}, buffer)
     write(path, buffer.getvalue())
@@ -271,22 +262,22 @@ def save_checkpoint(path: Path, run: Run) -> None:
 def open_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote.
 
-    Raises OSError if `path` is not such a file or that of another run.
+    Raises OSError if `path` is not such a file, or belongs to another run.
     """
     with refusing(path, "nothing to resume"):
-        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+        with zipfile.ZipFile(path) as file:  # torch.load doesn't verify the checksums
             if file.testzip():
                 raise ValueError("it is broken: a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         changes = [name for name in identity if state["run"].get(name) != identity[name]]
         before = ", ".join(f"{name} was {state['run'].get(name)}" for name in changes)
     if changes:
-        raise OSError(f"{path} is of another run: {before}")
+        raise OSError(f"{path} belongs to another run: {before}")
     return state
 
 
 def begin(path: Path, identity: dict[str, Any], tokenizer: Tokenizer, device: torch.device) -> Run:
-    """Begin a run, or take up that of the checkpoint. Raises OSError if that can't be done."""
+    """Begin a run, or continue the one in the checkpoint. Raises OSError if that fails."""
     settings = Settings(**{name: identity[name] for name in RANGES})
     progress = Progress(identity["seed"])
     torch.manual_seed(progress.seed)
@@ -306,7 +297,7 @@ def begin(path: Path, identity: dict[str, Any], tokenizer: Tokenizer, device: to
 
 @contextmanager
 def going_on() -> Iterator[None]:
-    """Report what can't be written, as on a full disk; training goes on, and saves again later."""
+    """Report a failed write, as on a full disk; training goes on, and saves again later."""
     try:
         yield
     except OSError as error:
@@ -318,7 +309,10 @@ def finish_epoch(run: Run, validation: Corpus, out: Path) -> None:
     progress, settings = run.progress, run.settings
     progress.epoch, progress.batch = progress.epoch + 1, 0
     training_loss = progress.loss / progress.count
-    model = average_weights(run, out) if settings.average > 1 else run.model
+    model = run.model
+    if settings.average > 1:
+        with going_on():
+            model = average_weights(model, progress.epoch, settings.average, out)
     loss = evaluate(model, validation, settings.part_tokens)
     progress.rows.append(Epoch(progress.epoch, training_loss, loss, progress.seconds))
     with nullcontext() if progress.epoch == settings.epochs else going_on():
@@ -334,7 +328,7 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train to the last epoch or a signal; yield the numbers of each epoch once they are saved.
 
-    Only the first of several processes saves, after each epoch and every so many minutes.
+    Only the first of several processes saves, after each epoch and every `minutes` minutes.
     """
     progress, model, first = run.progress, cast(nn.Module, run.model), rank_and_world()[0] == 0
     if dist.is_initialized():
@@ -354,8 +348,8 @@ def fit(
                 with going_on():
                     save_checkpoint(out / "checkpoint.pt", run)
                 saved = now
+        by_first(lambda: finish_epoch(run, validation, out))
         if first:
-            finish_epoch(run, validation, out)
             yield progress.rows[-1]
         else:
             progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -370,19 +364,10 @@ def save_metrics(run: Run, scores: dict[str, Any], out: Path) -> None:
     write(out / "losses.png", draw_losses(run.progress.rows))
 
 
-def read_tests(folder: Path, languages: Sequence[str]) -> Tests:
-    """Read every test of two languages. Raises OSError if there is none, or one is broken."""
-    tests = {name: [*read_pairs(folder, name, languages)] for name in find_tests(folder, languages)}
-    pairs = [pair for test in tests.values() for pair in test]
-    if not any(source.strip() and target.strip() for source, target in pairs):
-        raise OSError(f"{folder} needs sentences in test*.{languages[0]} and test*.{languages[1]}")
-    return tests
-
-
 def score(pairs: Sequence[Pair], found: Sequence[str]) -> dict[str, float]:
     """Return the share of exact translations, and BLEU and chrF by sacrebleu (Post 2018).
 
-    Their names have sacrebleu's signature, with which others can compute the same.
+    Their names include sacrebleu's signature, so that others can compute the same scores.
     """
     targets = [target for _, target in pairs]
     exact = [target == text for target, text in zip(targets, found, strict=True)]
@@ -396,7 +381,7 @@ def score(pairs: Sequence[Pair], found: Sequence[str]) -> dict[str, float]:
 def save_results(
     run: Run, tests: Tests, beam: int, out: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
-    """Test the best network and save what comes of it; return scores and translations."""
+    """Test the best network and save the results; return scores and translations."""
     model, tokenizer = open_model(out / "model.safetensors")
     model.to(run.model.positions.device)
     scores, found = {}, {}
@@ -405,7 +390,8 @@ def save_results(
         found[name] = [text or "" for text in translate(model, tokenizer, sources, beam)]
         scores[name] = score(pairs, found[name])
     save_metrics(run, {"beam": beam} | scores, out)
-    write(out / "attention.png", draw_attention(model, tokenizer, next(iter(tests.values()))[0]))
+    example = next(pair for pair in next(iter(tests.values())) if all(map(str.strip, pair)))
+    write(out / "attention.png", draw_attention(model, tokenizer, example))
     return scores, found
 
 
@@ -413,7 +399,7 @@ def show_translations(model: Transformer, tokenizer: Tokenizer, text: str, beam:
     """Print the translation of a text, or of lines if it is `-`; return 1 if one is too long."""
     # Bytes that are not UTF-8 become surrogates in an argument.
     lines = iter([text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")])
-    at_once, status, quiet = 1000, 0, text != "-" or sys.stdout.isatty()
+    at_once, done, status, quiet = 1000, 0, 0, text != "-" or sys.stdout.isatty()
     if text == "-":
         if sys.stdin is None:
             raise OSError("there is no standard input")
@@ -421,10 +407,11 @@ def show_translations(model: Transformer, tokenizer: Tokenizer, text: str, beam:
         lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", errors="replace", newline="\n")
     bar = tqdm(unit=" lines", leave=False, disable=quiet or None)
     while chunk := [line.rstrip("\r\n") for line in islice(lines, at_once)]:
-        for number, found in enumerate(translate(model, tokenizer, chunk, beam), start=bar.n + 1):
+        for found in translate(model, tokenizer, chunk, beam):
+            done += 1
             if found is None:
                 status = 1
-                print(f"line {number} is longer than {MAX_LENGTH} tokens", file=sys.stderr)
+                print(f"line {done} is longer than {MAX_LENGTH} tokens", file=sys.stderr)
             print((found or "").replace("\n", " "), flush=True)
         bar.update(len(chunk))
     bar.close()
@@ -433,19 +420,23 @@ def show_translations(model: Transformer, tokenizer: Tokenizer, text: str, beam:
 
 def clear_the_way(checkpoint: Path, resume: bool, restart: bool) -> None:
     """Discard a checkpoint, or refuse to begin over it. Raises OSError."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a process died
-    if restart and not again:
+    again, machines = map(os.environ.get, ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restart and (again not in (None, "0") or machines not in (None, "1")):
+        raise OSError("--restart would discard it at each restart by torchrun: use --resume")
+    for path in checkpoint.parent.glob(".*.[0-9]*"):  # left by a process killed while writing
+        path.unlink()
+    if restart:
         checkpoint.unlink(missing_ok=True)
-    elif checkpoint.exists() and not resume and not again:
+    elif checkpoint.exists() and not resume:
         raise OSError(f"{checkpoint} exists: --resume continues it, --restart discards it")
     elif resume and not checkpoint.exists():
-        print(f"no {printable(checkpoint)} yet, so from the beginning", file=sys.stderr)
+        print(f"no {printable(checkpoint)} yet: starting a new run", file=sys.stderr)
 
 
 def open_data(
     folder: Path | None, languages: Sequence[str], settings: Settings, out: Path
 ) -> tuple[Path, int, Tests]:
-    """Return the folder of the encoded text, its number of training pairs before, and the tests.
+    """Return the folder of the encoded text, the training pairs before filtering, and the tests.
 
     Without a folder of text, phrases are written to one first.
     """
@@ -477,10 +468,9 @@ def show_training(run: Run, encoded: Path, total: int, out: Path, minutes: float
     return (signals or [signal.SIGTERM])[0]  # another process got it
 
 
-def show_results(
-    tests: Tests, scores: dict[str, dict[str, float]], found: dict[str, list[str]]
-) -> None:
-    """Print the scores, and three examples of each test."""
+def show_results(run: Run, tests: Tests, beam: int, out: Path, started: float) -> None:
+    """Test the best network; print the scores, three examples of each test, and the seconds."""
+    scores, found = save_results(run, tests, beam, out)
     for name, pairs in tests.items():
         print(f"\n{printable(name)}: {len(pairs):,} sentences")
         for metric, value in scores[name].items():
@@ -488,6 +478,7 @@ def show_results(
         for (source, target), text in list(zip(pairs, found[name], strict=True))[:3]:
             print(f"\n  {printable(source)}\n  {printable(text)}")
             print(f"  {printable(target)} (reference)")
+    print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
@@ -524,9 +515,9 @@ def make_parser() -> argparse.ArgumentParser:
     once("--resume", action="store_true", help="continue from a checkpoint, if there is one")
     once("--restart", action="store_true", help="discard a checkpoint")
     add("--save-minutes", type=minutes, default=10.0, help="between checkpoints (%(default)s)")
-    add("--translate", metavar="TEXT", help="translate and exit; - reads lines")
+    add("--translate", metavar="TEXT", help="translate and exit; - reads stdin")
     add("--beam", type=beam, default=4, help="unfinished translations to keep (%(default)s)")
-    add("--preset", choices=PRESETS, help="of settings (small with --data, else phrases)")
+    add("--preset", choices=PRESETS, help="set of settings (small with --data, else phrases)")
     group = parser.add_argument_group("settings, in the presets phrases | small | base")
     for name, (low, high, text) in RANGES.items():
         values = " | ".join(str(getattr(preset, name)) for preset in PRESETS.values())
@@ -569,22 +560,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = (encoded / "tokenizer.json").read_text(encoding="utf-8")
             run = begin(checkpoint, identity | asdict(settings), open_tokenizer(text), args.device)
             stopped = show_training(run, encoded, total, args.out, args.save_minutes)
+            if not stopped:
+                by_first(lambda: show_results(run, tests, args.beam, args.out, started))
+            elif first:
+                print(f"{parser.prog}: stopped; use --resume to continue", file=sys.stderr)
             if dist.is_initialized():
                 dist.destroy_process_group()
-            if first and stopped:
-                print(f"{parser.prog}: stopped; use --resume to continue", file=sys.stderr)
-            elif first:
-                show_results(tests, *save_results(run, tests, args.beam, args.out))
-                seconds = time.perf_counter() - started
-                print(f"\nSaved in {printable(args.out)} after {seconds:.1f} s", flush=True)
         return 128 + stopped if stopped else 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as by `| head`
+    except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
             raise
         reason = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else error
         print(f"{parser.prog}: {printable(reason)}", file=sys.stderr)

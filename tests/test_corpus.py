@@ -15,6 +15,7 @@ from conftest import SENTENCES, corpus_of
 from transformer import BOS, EOS, MAX_LENGTH, PAD
 
 BOTH = ("de", "en")
+NAMES = ("Rss", "Anonymous")  # of a mapping in /proc/self/smaps
 
 
 def batches_of(lengths, tokens, seed=0):
@@ -197,6 +198,20 @@ def test_a_broken_encoding_is_named(text_folder, tmp_path, name, size):
         C.open_corpus(path / name.partition(".")[0])
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_the_tokens_stay_in_the_file_which_all_processes_share(tmp_path):
+    torch.arange(1_000_000, dtype=torch.int32).numpy().tofile(tmp_path / "train.tokens")
+    offsets = torch.arange(0, 1_000_001, 10)
+    offsets.numpy().tofile(tmp_path / "train.offsets")
+    corpus = C.open_corpus(tmp_path / "train").to(torch.device("cpu"))
+    assert corpus.sequences(torch.arange(50_000), 0).sum() > 0
+    assert corpus.tokens.sum() == 1_000_000 * 999_999 // 2
+    mapping = Path("/proc/self/smaps").read_text().partition(f"{tmp_path}/train.tokens\n")[2]
+    held = {name: int(re.search(rf"^{name}: +(\d+) kB", mapping, re.M)[1]) for name in NAMES}
+    assert held["Rss"] >= 4_000_000 // 1024
+    assert held["Anonymous"] == 0  # no page is this process's own
+
+
 def test_the_tokenizer_is_learned_from_a_bounded_sample(text_folder, tmp_path, monkeypatch):
     seen = []
     make_tokenizer = C.make_tokenizer
@@ -242,6 +257,18 @@ def test_a_split_without_sentences_is_refused(text_folder, tmp_path, split, cont
             (text_folder / path.name.removesuffix(".gz")).write_bytes(content)
     with pytest.raises(OSError, match=re.escape(str(text_folder))):
         prepare(text_folder, tmp_path / "cache")
+
+
+def test_a_test_without_sentences_is_named(text_folder):
+    assert [*C.read_tests(text_folder, BOTH)] == ["test.more", "test2016"]
+    for language in BOTH:
+        (text_folder / f"test2016.{language}").write_text("\n \n")
+    with pytest.raises(OSError, match=r"needs sentences in test2016\.de and test2016\.en"):
+        C.read_tests(text_folder, BOTH)
+    for path in text_folder.glob("test*"):
+        path.unlink()
+    with pytest.raises(OSError, match=r"needs sentences in test\*\.de and test\*\.en"):
+        C.read_tests(text_folder, BOTH)
 
 
 def test_pairs_are_read_until_one_side_ends_before_the_other(text_folder):

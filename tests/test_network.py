@@ -142,7 +142,7 @@ def test_a_model_that_is_none_is_refused_with_a_reason(saved, tmp_path, spoil, m
     path = tmp_path / "model.safetensors"
     if spoil:
         path.write_bytes(spoil(saved.read_bytes()))
-    with pytest.raises(OSError, match="no model saved by this script, train one first") as caught:
+    with pytest.raises(OSError, match="not a model saved by this script; train") as caught:
         N.open_model(path)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)

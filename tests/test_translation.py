@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import network
 import processes
 import translation as T
 from conftest import SENTENCES, SMALL, corpus_of, draw, make, save_text
@@ -277,7 +278,7 @@ def test_the_last_epochs_are_averaged(tmp_path):
         run.progress.epoch = epoch
         nn.init.normal_(run.model.embedding.weight)
         states.append(run.model.embedding.weight.detach().clone())
-        averaged = T.average_weights(run, tmp_path)
+        averaged = network.average_weights(run.model, epoch, 3, tmp_path)
         expected = torch.stack(states[-3:]).mean(dim=0)
         torch.testing.assert_close(averaged.embedding.weight.data, expected)
         assert torch.equal(run.model.embedding.weight, states[-1])
@@ -597,12 +598,16 @@ def test_at_a_terminal_each_line_is_answered_at_once(trained, monkeypatch, capsy
             return True
 
         def read1(self, size=-1):
-            answers.append(capsys.readouterr().out)
+            answers.append(capsys.readouterr())
             return self.readline()
 
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Typed(b"ein hund\nein hut\n")))
-    assert run_main("--out", trained[1], "--translate", "-") == 0
-    assert [answer.count("\n") for answer in answers] == [0, 1, 1]
+    lines = b"ein hund\nein hut\n" + b"x " * 300 + b"\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Typed(lines)))
+    assert run_main("--out", trained[1], "--translate", "-") == 1
+    assert [answer.out.count("\n") for answer in answers] == [0, 1, 1, 1]
+    assert [answer.err for answer in answers] == [
+        *[""] * 3, f"line 3 is longer than {T.MAX_LENGTH} tokens\n"
+    ]  # fmt: skip
 
 
 def test_without_standard_input_there_is_nothing_to_translate(trained, monkeypatch, capsys):
@@ -695,7 +700,9 @@ def assert_same_run(out, whole):
     assert progress[0] == progress[1]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_after_the_step_and_resuming_gives_the_same_bits(
     trained, whole, tmp_path, capsys, monkeypatch, number, status
 ):
@@ -936,7 +943,7 @@ def test_torchrun_trains_stops_and_resumes(trained, whole_of_two, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_is_started_again(trained, whole_of_two, tmp_path, rank):
     process = under_torchrun(
-        "--data", trained[0], *LONG, "--out", tmp_path, "--save-minutes", 0,
+        "--data", trained[0], *LONG, "--out", tmp_path, "--save-minutes", 0, "--resume",
         options=("--standalone", "--nproc-per-node", "2", "--max-restarts", "3"),
     )  # fmt: skip
     wait_for_epoch(process)
@@ -1065,7 +1072,7 @@ def test_text_that_was_changed_is_another_run(trained, tmp_path, capsys):
     lines = (data / "train.en").read_text().replace("dog", "cat")
     (data / "train.en").write_text(lines)
     assert run_main(*arguments) == 1
-    assert re.search(r"is of another run: text was \w+", one_line(capsys))
+    assert re.search(r"belongs to another run: text was \w+", one_line(capsys))
 
 
 def test_averaged_weights_are_the_same_after_a_stop(trained, tmp_path, monkeypatch):
@@ -1087,16 +1094,58 @@ def test_averaged_weights_are_the_same_after_a_stop(trained, tmp_path, monkeypat
         assert torch.equal(tensor, expected[name])
 
 
-def test_processes_that_torchrun_starts_again_continue_by_themselves(
-    trained, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("name", "value"), [("TORCHELASTIC_MAX_RESTARTS", "3"), ("GROUP_WORLD_SIZE", "2")]
+)
+def test_no_checkpoint_is_discarded_where_torchrun_may_start_again(
+    tmp_path, monkeypatch, name, value
 ):
-    (tmp_path / "checkpoint.pt").write_bytes(b"a checkpoint")
-    with pytest.raises(OSError, match="exists: --resume continues it, --restart discards it"):
-        T.clear_the_way(tmp_path / "checkpoint.pt", resume=False, restart=False)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for restart in (False, True):
-        T.clear_the_way(tmp_path / "checkpoint.pt", resume=False, restart=restart)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == b"a checkpoint"
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(b"a checkpoint")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match="use --resume"):
+        T.clear_the_way(checkpoint, resume=False, restart=True)
+    T.clear_the_way(checkpoint, resume=True, restart=False)
+    assert checkpoint.read_bytes() == b"a checkpoint"
+    monkeypatch.setenv(name, "0" if value == "3" else "1")  # torchrun without either
+    T.clear_the_way(checkpoint, resume=False, restart=True)
+    assert not checkpoint.exists()
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
+    for name in (".checkpoint.pt.4711", ".model.safetensors.12", ".mine", "weights-1.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    T.clear_the_way(tmp_path / "checkpoint.pt", resume=False, restart=False)
+    assert {path.name for path in tmp_path.iterdir()} == {".mine", "weights-1.safetensors"}
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
+    run = start_run(make())
+    T.save_checkpoint(tmp_path / "checkpoint.pt", run)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run.model.embedding.weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        T.save_checkpoint(tmp_path / "checkpoint.pt", run)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_training_goes_on_if_the_last_weights_cannot_be_averaged(
+    trained, tmp_path, monkeypatch, capsys
+):
+    write, names = network.write, []
+
+    def full(path, content):
+        if path.name.startswith("weights-") and len(names) < 1:
+            names.append(path.name)
+            raise OSError(f"can't write {path}: No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(network, "write", full)
+    assert run_main("--data", trained[0], *RUN, "--average", 2, "--out", tmp_path) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2  # the second epoch lacks the weights of the first
+    assert all(line.endswith("; training goes on") for line in lines)
+    assert names == ["weights-1.safetensors"]
 
 
 def test_phrases_are_learned_without_data(run_script, tmp_path, monkeypatch):
