@@ -73,13 +73,14 @@ def main() -> int:
         page.get_by_label("Mask").select_option("causal, added as 1 and 0")
         page.get_by_text("The future leaks").wait_for()
         page.screenshot(path=DOCS / "explore-formula.png")
-        page.get_by_role("tab", name="Transformer").click()
-        page.get_by_role("table", name="Share of 200").wait_for()
-        head = "decoder layer 1, self attention, head 2"
+        page.get_by_label("Page", exact=True).select_option("Transformer")
+        page.get_by_role("table", name="200 unseen dates").wait_for()
+        head = "decoder layer 2, cross attention, head 1"
         page.get_by_label("Head switched off").select_option(head)
         page.get_by_text("Reading 200 dates").wait_for()
-        page.get_by_role("table", name="Share of 200").wait_for()
+        page.get_by_role("table", name="200 unseen dates").wait_for()
         page.set_viewport_size({"width": 1150, "height": 1560})
+        page.wait_for_timeout(2000)  # the tables of the network before are gray until then
         page.screenshot(path=DOCS / "explore-transformer.png")
     return 0
 

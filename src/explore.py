@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""See it move: the formula, heads, your own Transformer and its search, on a page to play with.
+"""See it move: the formula, heads, your own Transformer and its search, on an interactive page.
 
 Run `make explore`, which opens this marimo notebook in the browser, served from this machine only.
 It computes with the functions of the other scripts, and shows the networks that they saved in
@@ -8,7 +8,7 @@ runs/, or trains small ones on the spot and saves them in runs/explore/.
 
 import marimo
 
-app = marimo.App(width="medium", app_title="Attention, to play with")
+app = marimo.App(width="medium", app_title="Attention, interactive")
 
 with app.setup:
     from collections.abc import Callable
@@ -30,7 +30,6 @@ with app.setup:
         WARMUP,
         Sizes,
         Transformer,
-        encode,
         learning_rate,
         open_model,
     )  # fmt: skip
@@ -57,7 +56,7 @@ def line_up(*items: object) -> mo.Html:
 
 @app.cell
 def _():
-    page = mo.ui.tabs(dict.fromkeys(PAGES, ""))
+    page = mo.ui.dropdown(PAGES, FORMULA, label="Page")  # tabs can't be reached by keyboard
     runs = Path(mo.cli_args().get("runs") or RUNS)
     mo.vstack([mo.Html(pictures.STYLE), mo.md("# See it move"), page])
     return page, runs
@@ -69,7 +68,7 @@ def _():
     d_k = mo.ui.slider(steps=[1, 2, 4, 16, 64, 256, 1024], value=4, label="d_k", show_value=True)
     mask = mo.ui.dropdown([*switches.RIGHT_MASKS, *switches.WRONG_MASKS], "none", label="Mask")
     scaled = mo.ui.switch(True, label="divide by √d_k")
-    by_row = mo.ui.switch(True, label="softmax of each row")
+    by_row = mo.ui.switch(True, label="softmax of each row (off: of each column)")
     return by_row, d_k, mask, scaled, sentence
 
 
@@ -98,7 +97,7 @@ def _(d_k, sentence):
 def _(K, Q, V, d_k, followed, page, problem):
     mo.stop(page.value != FORMULA)
     mo.stop(problem, mo.callout(problem, "warn"))
-    _note = f" Of the {d_k.value} columns of Q and K, these are 4." if d_k.value > 4 else ""
+    _note = f" These are 4 of the {d_k.value} columns of Q and K." if d_k.value > 4 else ""
     _how = mo.md(f"Drag a number, or press Enter on it and type.{_note}")
     mo.vstack([_how, line_up(Q, K, V), followed])
 
@@ -127,9 +126,9 @@ def _(K, Q, V, by_row, drawn, followed, mask, page, problem, scaled, words):
 def _():
     length = mo.ui.slider(4, 60, value=30, label="positions", show_value=True)
     d_model = mo.ui.slider(steps=[4, 8, 16, 32, 64], value=32, label="d_model", show_value=True)
-    place = mo.ui.slider(1, 60, value=10, label="follow position", show_value=True)
+    place = mo.ui.slider(0, 59, value=9, label="follow position", show_value=True)
     placed = mo.ui.switch(False, label="add positions to the words")
-    order = mo.ui.slider(1, 9, value=1, label="shuffle number", show_value=True)
+    order = mo.ui.slider(1, 9, value=1, label="order", show_value=True)
     learn_pairs = mo.ui.run_button(label="Train two heads here (about 10 s)")
     without = mo.ui.dropdown({"none": None, "1": 0, "2": 1}, "none", label="Head switched off")
     return d_model, learn_pairs, length, order, place, placed, without
@@ -138,7 +137,7 @@ def _():
 @app.cell
 def _(d_model, length, page, place):
     mo.stop(page.value != HEADS)
-    _about = mo.md("### Positions\nA row per position: sines and cosines, fast ones on the left")
+    _about = mo.md("### Positions\nA row per position, from 0; blue is positive, orange negative")
     mo.vstack([_about, line_up(length, d_model, place)])
 
 
@@ -146,13 +145,13 @@ def _(d_model, length, page, place):
 def _(d_model, length, page, place):
     mo.stop(page.value != HEADS)
     _P = positional_encoding(length.value, d_model.value)
-    _products, _i = _P @ _P.T, min(place.value, length.value) - 1
+    _products, _i = _P @ _P.T, min(place.value, length.value - 1)
     _near = [*range(max(0, _i - 4), min(length.value, _i + 5))]
-    _title, _names = f"Position {_i + 1} times its neighbors", [str(j + 1) for j in _near]
+    _title, _names = f"Position {_i} times its neighbors", [str(j) for j in _near]
     _tables = side_by_side(
         pictures.pixels("The sine pattern", _P, 6),
         pictures.pixels("Dot products of all positions", _products),
-        heat(_title, _products[[_i]][:, _near], [str(_i + 1)], _names),
+        heat(_title, _products[[_i]][:, _near], [str(_i)], _names),
     )
     mo.Html(_tables)
 
@@ -166,13 +165,14 @@ def _(order, page, placed):
 
 @app.cell
 def _(order, page, placed, words):
-    mo.stop(page.value != HEADS or not words)
+    mo.stop(page.value != HEADS)
+    mo.stop(not words, mo.callout("Write a sentence on the page Formula first.", "warn"))
     _order, _before, _after = switches.shuffle(words, order.value, placed.value)
     _shuffled = " ".join(words[i] for i in _order)
     _parts, _most = ["1", "2", "3", "4"], (_before - _after).abs().max()
     _tables = side_by_side(
         heat(f"Outputs for “{' '.join(words)}”", _before, words, _parts),
-        heat(f"The same words in “{_shuffled}”", _after, words, _parts),
+        heat(f"The same words, from “{_shuffled}”", _after, words, _parts),
     )
     mo.Html(f"{_tables}<p>The largest difference is {_most:.2f}.</p>")
 
@@ -185,7 +185,7 @@ def _(learn_pairs, page, runs, without):
         with_bar(trained.train_pairs, _here, trained.PAIR_STEPS)
     _paths = [runs / "attention/model.safetensors", _here]
     pairs, _problem = trained.open_first(_paths, trained.open_pairs)
-    _about = mo.md("### Two heads\nTo predict each digit's mirror image and its left neighbor")
+    _about = mo.md("### Two heads\nThey predict each digit's mirror image and left neighbor")
     _needed = [mo.callout(_problem, "warn"), learn_pairs] if _problem else []
     mo.vstack([_about, *_needed, *([without] if pairs else [])])
     return (pairs,)
@@ -196,8 +196,10 @@ def _(page, pairs, without):
     mo.stop(page.value != HEADS or pairs is None)
     _weights, _digits, _shares = switches.score_pairs(pairs, without.value)
     _names = ["sequences", "mirror images", "left neighbors"]
-    _heads = [heat(f"Head {n + 1}", w, _digits, _digits) for n, w in enumerate(_weights)]
-    _right = heat("Right, of 1,000 unseen sequences", _shares.unsqueeze(0), ["share"], _names)
+    _titles = [f"Head {n + 1}{', off' if n == without.value else ''}" for n in (0, 1)]
+    _heads = [heat(title, w, _digits, _digits) for title, w in zip(_titles, _weights, strict=True)]
+    _about = "Predicted right, of 1,000 unseen sequences"
+    _right = heat(_about, _shares.unsqueeze(0), ["share"], _names)
     mo.Html(side_by_side(_right, *_heads))
 
 
@@ -215,7 +217,8 @@ def _():
 def _(causal, date, memory, off_head, page, positions, root):
     mo.stop(page.value not in (TRANSFORMER, SEARCH))
     _controls = line_up(positions, causal, memory, root, off_head)
-    mo.vstack([date, _controls] if page.value == TRANSFORMER else [date])
+    _note = mo.md("As it writes, there is no future to hide: the causal mask matters in training.")
+    mo.vstack([date, _controls, _note] if page.value == TRANSFORMER else [date])
 
 
 @app.cell
@@ -239,14 +242,14 @@ def _(causal, date, memory, network, off_head, page, positions, root, vocabulary
     _parts = zip(switches.PARTS, (positions, causal, memory, root), strict=True)
     _off = [name for name, switch in _parts if not switch.value]
     changed = switches.switch_off(network, _off, off_head.value)
-    _tokens, _probabilities = switches.write_slowly(changed, source)
-    answer = switches.spell(_tokens[0].tolist(), vocabulary)
+    tokens, _probabilities = switches.write_slowly(changed, source)
+    answer = switches.spell(tokens[0].tolist(), vocabulary)
     _last = len(answer) + 1  # that of the end
     step = mo.ui.slider(1, _last, value=min(6, _last), label="Follow character", show_value=True)
     _table = mo.Html(pictures.likeliest(_probabilities[0, : len(answer) + 1], vocabulary))
     _warning = [mo.callout(_problem, "warn")] if _problem else []
-    mo.vstack([*_warning, mo.md(f"It reads **{answer or 'nothing'}**"), _table, step])
-    return answer, changed, source, step
+    mo.vstack([*_warning, mo.md(f"Prediction: **{answer or 'nothing'}**"), _table, step])
+    return answer, changed, source, step, tokens
 
 
 @app.cell
@@ -262,23 +265,23 @@ def _(changed, page, unseen, vocabulary, whole):
     mo.stop(page.value != TRANSFORMER)
     with mo.status.spinner("Reading 200 dates that it has never seen"):
         _shares = torch.tensor([[whole, switches.share_exact(changed, vocabulary, unseen)]])
-    _title, _names = "Share of 200 unseen dates read exactly", ["whole network", "as it is now"]
+    _title, _names = "200 unseen dates predicted exactly", ["whole network", "as it is now"]
     mo.Html(heat(_title, _shares, ["share"], _names))
 
 
 @app.cell
-def _(answer, changed, date, page, source, step, vocabulary):
+def _(answer, changed, date, page, source, step, tokens):
     mo.stop(page.value != TRANSFORMER)
-    _target = torch.tensor([[BOS, *(encode(answer, vocabulary).tolist()[:-1])]])
+    _target = torch.tensor([[BOS, *tokens[0, : len(answer)].tolist()]])
     _weights = switches.look_inside(changed, source, _target)
-    mo.Html(pictures.looks(_weights, step.value - 1, date.value, answer))
+    mo.Html(pictures.looks(_weights, step.value - 1, date.value.strip(), answer))
 
 
 @app.cell
 def _():
     beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
     alpha = mo.ui.slider(0, 1, step=0.1, value=1, label="length penalty", show_value=True)
-    upto = mo.ui.slider(1, 12, value=12, label="steps", show_value=True)
+    upto = mo.ui.slider(1, 12, value=12, label="show steps up to", show_value=True)
     photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
     return alpha, beam, photo, upto
 
@@ -286,7 +289,7 @@ def _():
 @app.cell
 def _(alpha, beam, network, page, upto):
     mo.stop(page.value != SEARCH or network is None)
-    _about = mo.md("### The beam as a tree\nWith log P. Try a date that has two readings: 1/2/1968")
+    _about = mo.md("### The beam as a tree\nNumbers are log P. Try 13 ju 1968, June or July")
     mo.vstack([_about, line_up(beam, alpha, upto)])
 
 
@@ -297,18 +300,16 @@ def _(alpha, beam, date, network, page, upto, vocabulary):
     mo.stop(_source is None, mo.callout(_problem, "warn"))
     _found, _steps = switches.watch_beam(network, _source, beam.value, alpha.value)
     _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
-    _ended = sorted((b for step in _steps for b in step), key=lambda branch: -branch.score)[:5]
+    _ended = sorted((b for step in _steps[1:] for b in step), key=lambda b: -b.score)[:5]
     _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
     _texts = [(number(b.ended), str(len(b.tokens) + 1), number(b.score)) for b in _ended]
-    _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length", "score"]
+    _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length with end", "score"]
     _tables = side_by_side(
         pictures.tree(_steps[: upto.value], _found, vocabulary),
-        heat("Finished, best first", _blank, _names, _columns, _texts),
+        heat("If it ended here: the five best", _blank, _names, _columns, _texts),
     )
     _beam = switches.spell(_found, vocabulary)
-    mo.vstack(
-        [mo.md(f"The beam finds **{_beam}**, greedy writing **{_greedy}**"), mo.Html(_tables)]
-    )
+    mo.vstack([mo.md(f"The beam finds **{_beam}**, greedy search **{_greedy}**"), mo.Html(_tables)])
 
 
 @app.cell

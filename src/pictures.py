@@ -37,13 +37,13 @@ def side_by_side(*pictures: str) -> str:
 
 
 def visible(token: str) -> str:
-    """Return a token that one can see alone: ␣ for a space, ◌ under an accent."""
+    """Make a token visible on its own: ␣ for a space, ◌ under an accent."""
     accents = token[:1] and category(token[0]).startswith("M")
     return ("◌" if accents else "") + "".join("␣" if c.isspace() else c for c in token)
 
 
 def number(x: float) -> str:
-    """Write a number with two decimals, and mark one that is none."""
+    """Format a number with two decimals, and mark NaN."""
     if math.isnan(x):
         return "✗ NaN"
     text = f"{round(x, 2) + 0.0:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # + 0.0: no −0.00
@@ -59,7 +59,7 @@ def heat(
 ) -> str:
     """Return a table (len(rows), len(columns)) as HTML, the color stronger the larger the number.
 
-    In the cells stand the numbers, or the texts.
+    The cells show the numbers, or the texts.
     """
     top = max(1.0, matrix.nan_to_num(0, 0, 0).abs().max().item())
     head = "".join(f"<th scope=col>{escape(name)}</th>" for name in columns)
@@ -114,6 +114,9 @@ def plot(title: str, axis: str, lines: dict[str, Sequence[float]]) -> str:
         color, dash = ((BLUE, "none"), (ORANGE, "7 4"))[i % 2]
         style = f'fill="none" stroke="rgb{color}" stroke-width="2.5" stroke-dasharray="{dash}"'
         parts.append(f'<polyline points="{points}" {style}/>')
+        if count == 1:  # which a line doesn't show
+            place = 'cx="{}" cy="{}"'.format(*points.split(","))
+            parts.append(f'<circle {place} r="4" fill="rgb{color}"/>')
         parts.append(f'<path d="M60 {230 + 20 * i}h28" {style}/>')
         parts.append(f'<text x="96" y="{235 + 20 * i}">{escape(name.replace("_", " "))}</text>')
     return svg(345, 225 + 20 * len(lines), parts)
@@ -140,7 +143,7 @@ def tree(steps: Sequence[Sequence[Branch]], best: Sequence[int], vocabulary: dic
 
 
 def by_hand(steps: Formula, row: int, words: Sequence[str], by_row: bool) -> str:
-    """Return how one row of the weights comes about, and the output that it makes."""
+    """Return a table that computes one row of the weights, and its output, step by step."""
     powers = steps.scaled.exp()
     sums = powers.sum(dim=1 if by_row else 0, keepdim=True).expand_as(powers)
     columns = [x[row].tolist() for x in (steps.scores, steps.scaled, powers, sums, steps.weights)]
@@ -154,7 +157,7 @@ def by_hand(steps: Formula, row: int, words: Sequence[str], by_row: bool) -> str
 
 
 def percent(share: float) -> str:
-    """Write a share in percent, and one that is next to nothing not at all."""
+    """Format a share in percent; one below half a percent becomes an empty string."""
     return f"{share:.0%}" if share >= 0.005 else ""
 
 
@@ -163,10 +166,10 @@ def likeliest(probabilities: Tensor, vocabulary: dict[str, int]) -> str:
     values, tokens = probabilities.topk(3)
     letters = [[visible(letter(token, vocabulary)) for token in row] for row in tokens.T.tolist()]
     texts = [
-        [f"{name} {percent(p)}" if percent(p) else "" for name, p in zip(names, row, strict=True)]
+        [f"{name}: {percent(p)}" if percent(p) else "" for name, p in zip(names, row, strict=True)]
         for names, row in zip(letters, values.T.tolist(), strict=True)
     ]
-    title = "Its probabilities: smoothed labels taught it to be 90% sure at most"
+    title = "Its probabilities (labels smoothed by 0.1: about 90% at most)"
     columns = [str(t + 1) for t in range(len(values))]
     return heat(title, values.T, ["likeliest", "second", "third"], columns, texts)
 
@@ -174,8 +177,8 @@ def likeliest(probabilities: Tensor, vocabulary: dict[str, int]) -> str:
 def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Sequence[str]) -> str:
     """Return where each head of each attention looks to predict token t of the target, as HTML.
 
-    The weights (H, T, S) are by the names of the attentions. The encoder's row is that of the token
-    at which the last attention to the memory looks most.
+    The keys of `weights` (H, T, S) are the names of the attentions. The encoder's row is the token
+    that the last attention to the memory looks at most.
     """
     *_, last = weights.values()
     top = int(last[:, t].mean(dim=0).argmax())
@@ -184,16 +187,20 @@ def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Seq
     written = ["start", *map(visible, target), "end"]
     kinds = {
         ("decoder", "self_attention"): (
-            f"Decoder, to what it has written, to predict “{written[t + 1]}”",
+            f"Decoder, to its own prediction, to predict “{written[t + 1]}”, in %",
             t,
             written,
         ),
         ("decoder", "cross_attention"): (
-            f"Decoder, to the text, to predict “{written[t + 1]}”",
+            f"Decoder, to the text, to predict “{written[t + 1]}”, in %",
             t,
             read,
         ),
-        ("encoder", "self_attention"): (f"Encoder, from “{read[top]}” to the text", top, read),
+        ("encoder", "self_attention"): (
+            f"Encoder, from “{read[top]}”, where the decoder looks most, in %",
+            top,
+            read,
+        ),
     }
     tables = []
     for kind, (title, row, columns) in kinds.items():

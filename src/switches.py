@@ -1,7 +1,7 @@
 """Attention and the Transformer with a part switched off, and what goes on inside them.
 
-explore.py shows it on a page. What is right comes from attention.py, transformer.py and search.py;
-here is only what is wrong on purpose, and what looks on.
+explore.py shows it on a page. The right code is in attention.py, transformer.py and search.py; this
+file only adds deliberate mistakes, and ways to look inside.
 """
 
 import copy
@@ -30,20 +30,20 @@ from transformer import BOS, EOS, PAD, Transformer, encode
 
 RIGHT_MASKS = ("none", "causal", "padding: the last word")
 WRONG_MASKS = ("causal, True and False swapped", "causal, added as 1 and 0")
-PARTS = ("positions", "causal mask", "memory mask", "√d_model")
+PARTS = ("positions", "causal mask", "padding mask", "times √d_model")
 
 
 class Formula(NamedTuple):
     """The steps of attention, from T queries to T keys."""
 
     scores: Tensor  # QKᵀ (T, T)
-    scaled: Tensor  # what the softmax gets (T, T)
+    scaled: Tensor  # input of the softmax (T, T)
     weights: Tensor  # (T, T)
     output: Tensor  # (T, d_v)
 
 
 def draw_sentence(words: Sequence[str], d_k: int, d: int = 6) -> tuple[Tensor, SelfAttention]:
-    """Draw the embeddings (T, d) and the head with which `attention.py --explain` walks."""
+    """Draw the embeddings (T, d) and the head that `attention.py --explain` shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vocabulary = sorted(set(words))
@@ -59,8 +59,8 @@ def attend(
 ) -> Formula:
     """Follow Q, K (T, d_k) and V (T, d_v) through the formula, or through a wrong one.
 
-    The wrong ones leave √d_k out, normalize each column in place of each row, or use one of
-    WRONG_MASKS with -∞.
+    The wrong ones leave out √d_k, normalize each column instead of each row, or use one of
+    WRONG_MASKS.
     """
     T, d_k = Q.shape
     scores, causal = Q @ K.T, causal_mask(T)
@@ -82,11 +82,11 @@ def attend(
 
 
 def name_faults(weights: Tensor, mask: str) -> list[str]:
-    """Say what is wrong with weights (T, T): rows that don't add up to 1, a future seen, NaN."""
+    """Name the faults of weights (T, T): rows that don't add up to 1, a visible future, NaN."""
     faults, sums = [], weights.sum(dim=1)
     broken = [str(i + 1) for i in sums.isnan().nonzero().flatten().tolist()]
     if broken:
-        faults.append(f"NaN in row {', '.join(broken)}: it may attend to nothing, and 0/0 is NaN.")
+        faults.append(f"NaN in row {', '.join(broken)}: all words are hidden, and 0/0 is NaN.")
     off = [str(i + 1) for i in ((sums - 1).abs() > 1e-3).nonzero().flatten().tolist()]
     if off:
         faults.append(f"The weights of row {', '.join(off)} don't add up to 1.")
@@ -109,7 +109,7 @@ def remove_head(heads: MultiHeadAttention, head: int) -> None:
 
 
 def shuffle(words: Sequence[str], seed: int, positions: bool) -> tuple[list[int], Tensor, Tensor]:
-    """Return an order of T words, and the outputs (T, 4) of a head without it and with it.
+    """Shuffle T words; return their order, and a head's outputs (T, 4) before and after.
 
     The second output is brought back into the first order, so that the two can be compared.
     """
@@ -123,10 +123,10 @@ def shuffle(words: Sequence[str], seed: int, positions: bool) -> tuple[list[int]
 
 @torch.inference_mode()
 def score_pairs(model: PairFinder, without: int | None) -> tuple[Tensor, str, Tensor]:
-    """Return what a PairFinder can do without a head, None for with all of them.
+    """Test a PairFinder without one head, or with all heads if `without` is None.
 
-    That is the weights (H, T, T) for a sequence, the sequence, and the shares (3,) of 1,000 unseen
-    sequences that are wholly right, of mirror images, and of left neighbors.
+    Returns the weights (H, T, T) for a sequence, the sequence, and the shares (3,) of 1,000 unseen
+    sequences predicted exactly, and of their mirror images and left neighbors predicted right.
     """
     model = copy.deepcopy(model).eval()
     if without is not None:
@@ -140,7 +140,7 @@ def score_pairs(model: PairFinder, without: int | None) -> tuple[Tensor, str, Te
 
 
 def name_heads(model: Transformer) -> dict[str, tuple[str, int]]:
-    """Name each head for people, and say the name of its attention, and its number there."""
+    """Return a readable name for each head, with the name of its attention and its number there."""
     names = {}
     for name, module in model.named_modules():
         if isinstance(module, MultiHeadAttention):
@@ -154,20 +154,20 @@ def name_heads(model: Transformer) -> dict[str, tuple[str, int]]:
 def switch_off(
     model: Transformer, off: Collection[str], head: tuple[str, int] | None = None
 ) -> Transformer:
-    """Return a copy without some of PARTS, and without a head: the attention's name, its number."""
+    """Return a copy without some of PARTS, and without a head: its attention's name and number."""
     model = copy.deepcopy(model).eval()
 
     def unmask(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, mask, memory, memory_mask = inputs
         mask = torch.ones_like(mask) if "causal mask" in off else mask
-        memory_mask = torch.ones_like(memory_mask) if "memory mask" in off else memory_mask
+        memory_mask = torch.ones_like(memory_mask) if "padding mask" in off else memory_mask
         return x, mask, memory, memory_mask
 
     for layer in model.decoder:
         layer.register_forward_pre_hook(unmask)
     if "positions" in off:
         model.positions.zero_()
-    if "√d_model" in off:
+    if "times √d_model" in off:
         model.embedding.register_forward_hook(lambda _, __, x: x / math.sqrt(x.shape[-1]))
     if head:
         remove_head(cast(MultiHeadAttention, model.get_submodule(head[0])), head[1])
@@ -176,7 +176,7 @@ def switch_off(
 
 @torch.inference_mode()
 def write_slowly(model: Transformer, source: Tensor, limit: int = 12) -> tuple[Tensor, Tensor]:
-    """Generate as transformer.generate does, with no cache: what a mask hides is there to be seen.
+    """Generate like transformer.generate, but without a cache, so that the masks matter.
 
     Return the tokens (B, limit), and the probabilities (B, limit, V) from which each was chosen.
     """
@@ -202,7 +202,7 @@ def spell(tokens: Sequence[int], vocabulary: dict[str, int]) -> str:
 
 
 def share_exact(model: Transformer, vocabulary: dict[str, int], pairs: Sequence[Pair]) -> float:
-    """Return the share of dates that are read exactly."""
+    """Return the share of dates that are predicted exactly."""
     sources = [encode(text, vocabulary) for text, _ in pairs]
     source = pad_sequence(sources, batch_first=True, padding_value=PAD)
     tokens, _ = write_slowly(model, source)

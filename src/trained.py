@@ -1,4 +1,4 @@
-"""What explore.py shows: networks from runs/ or trained on the spot, and what one gives them."""
+"""The networks that explore.py shows, from runs/ or trained on the spot, and their inputs."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ import transformer
 from dates import sample_dates, split_days
 from photo import open_photo, prepare
 
-PAIR_STEPS, DATE_EPOCHS = 500, 2  # as attention.py, and two thirds of what transformer.py does
+PAIR_STEPS, DATE_EPOCHS = 500, 2  # as in attention.py; two thirds of transformer.py's
 DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
 LONGEST = 60  # characters of a date; those of the 26 languages are shorter
 PADS = 4  # behind a date, as if it were in a batch with a longer one
@@ -29,7 +29,11 @@ Model = TypeVar("Model")
 @contextmanager
 def counting(model: nn.Module, tick: Callable[[], object]) -> Iterator[None]:
     """Call `tick` at each call of the model, which training calls once per step."""
-    hook = model.register_forward_pre_hook(lambda *_: tick() and None)
+
+    def count(*_: object) -> None:
+        tick()
+
+    hook = model.register_forward_pre_hook(count)
     try:
         yield
     finally:
@@ -37,7 +41,7 @@ def counting(model: nn.Module, tick: Callable[[], object]) -> Iterator[None]:
 
 
 def save(path: Path, model: nn.Module, about: dict[str, str] | None = None) -> None:
-    """Save a network; make its folder where there is none."""
+    """Save a network; make its folder if it doesn't exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     transformer.write(path, safetensors.torch.save(model.state_dict(), about))
 
@@ -112,9 +116,9 @@ def classify(content: bytes, path: Path) -> tuple[Tensor, dict[str, float]]:
         photo.write_bytes(content)
         try:
             image = prepare(open_photo(photo))
-        except Exception as error:  # Pillow's decoders raise all kinds for a broken file
+        except Exception as error:  # Pillow's decoders fail in many ways on a broken file
             raise ValueError(
-                f"This is no photo of a garment: {error}".partition("\n")[0]
+                f"This is not a photo of a garment: {error}".partition("\n")[0]
             ) from error
     probabilities = script.predict(model, image.unsqueeze(0)).softmax(dim=1)[0]
     return image, dict(zip(script.CLASSES, probabilities.tolist(), strict=True))
@@ -132,6 +136,7 @@ def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, s
     """Return a date as a source (1, S) with padding, or None, and what is wrong with it."""
     if not 1 <= len(text) <= LONGEST or text.isspace():
         return None, f"Write a date of 1 to {LONGEST} characters; these are {len(text.strip())}."
+    text = text.strip()
     unknown = " ".join(sorted(set(text) - set(vocabulary)))
     tokens = transformer.encode(text, vocabulary).tolist() + [transformer.PAD] * PADS
     return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."

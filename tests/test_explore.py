@@ -68,8 +68,8 @@ def test_the_notebook_runs_as_a_script(capsys):
     [
         ("Formula", ["Scores QKᵀ", "Each row adds up to 1", "“cat” followed by hand"]),
         ("Heads", ["The sine pattern", "The largest difference is 0.00", "Head 2"]),
-        ("Transformer", ["Its probabilities", "Encoder, from", "Share of 200 unseen dates"]),
-        ("Search", ["Finished, best first", "transformer: loss", "learning rate", "a garment"]),
+        ("Transformer", ["Its probabilities", "Encoder, from", "200 unseen dates predicted"]),
+        ("Search", ["If it ended here", "transformer: loss", "learning rate", "a garment"]),
     ],
 )
 def test_every_page_shows_what_it_is_for(runs, page, seen):
@@ -101,7 +101,7 @@ def test_a_sentence_that_is_none_is_answered_by_a_sentence(runs):
     for text, problem in (("", "these are 0"), ("a " * 11, "these are 11")):
         shown = show("Formula", runs, sentence=control(text), **others)
         assert f"Write 1 to 10 words; {problem}." in shown and "Scores" not in shown
-        show("Heads", runs, sentence=control(text), **others)
+        assert "Write a sentence" in show("Heads", runs, sentence=control(text), **others)
     shown = show("Formula", runs, sentence=control("<b>犬</b> $x$"), **others)
     assert "Weights, and their sum" in shown
 
@@ -123,7 +123,7 @@ def test_a_photo_that_is_none_is_answered_by_a_sentence(runs, tmp_path):
     others = {"beam": control(2), "alpha": control(0.6), "upto": control(3)}
     photo = SimpleNamespace(value=[1], contents=lambda: b"no photo")
     shown = show("Search", runs, photo=photo, **others)
-    assert "This is no photo of a garment" in shown
+    assert "This is not a photo of a garment" in shown
     shown = show("Search", tmp_path, photo=photo, **others)
     assert "train one first" in shown
 
@@ -152,8 +152,7 @@ class Visit:
         screens.open_page(page, address)
 
     def turn_to(self, name):
-        self.page.get_by_role("tab", name=name).focus()
-        self.page.keyboard.press("Enter")
+        self.press(self.page.get_by_label("Page", exact=True), name[0])
 
     def press(self, locator, *keys):
         locator.focus()
@@ -205,10 +204,10 @@ def test_in_the_browser_the_formula_follows_each_switch(visit):
     visit.switch("divide by √d_k")
     expect(page, "What the softmax gets", formula(scaled=False).scaled)
     visit.switch("divide by √d_k")
-    visit.switch("softmax of each row")
+    visit.switch("softmax of each row (off: of each column)")
     expect(page, weights, with_sums(formula(by_row=False).weights))
     page.get_by_text("don't add up to 1").wait_for()
-    visit.switch("softmax of each row")
+    visit.switch("softmax of each row (off: of each column)")
     for mask, text in (
         ("causal", "Each row adds up to 1"),
         ("padding: the last word", "Each row adds up to 1"),
@@ -237,23 +236,23 @@ def test_in_the_browser_positions_and_heads_follow_each_switch(visit, runs):
     page = visit.page
     visit.turn_to("Heads")
     P = attention.positional_encoding(30, 32)
-    expect(page, "Position 10 times", P[9] @ P[5:14].T)
+    expect(page, "Position 9 times", P[9] @ P[5:14].T)
     visit.press(visit.slider("follow position"), "ArrowRight")
-    expect(page, "Position 11 times", P[10] @ P[6:15].T)
+    expect(page, "Position 10 times", P[10] @ P[6:15].T)
     visit.press(visit.slider("d_model"), "ArrowRight")
     P = attention.positional_encoding(30, 64)
-    expect(page, "Position 11 times", P[10] @ P[6:15].T)
+    expect(page, "Position 10 times", P[10] @ P[6:15].T)
     visit.press(visit.slider("positions"), "Home")
-    expect(page, "Position 4 times", P[3] @ P[:4].T)
+    expect(page, "Position 3 times", P[3] @ P[:4].T)
     visit.switch("add positions to the words")
-    expect(page, "The same words in", switches.shuffle(WORDS, 1, True)[2])
-    visit.press(visit.slider("shuffle number"), "ArrowRight")
-    expect(page, "The same words in", switches.shuffle(WORDS, 2, True)[2])
+    expect(page, "The same words, from", switches.shuffle(WORDS, 1, True)[2])
+    visit.press(visit.slider("order"), "ArrowRight")
+    expect(page, "The same words, from", switches.shuffle(WORDS, 2, True)[2])
     model = trained.open_pairs(runs / "attention/model.safetensors")
     for option, head in (("2", 1), ("none", None)):
         visit.choose("Head switched off", option)
         weights, _, shares = switches.score_pairs(model, head)
-        expect(page, "Right, of 1,000", shares)
+        expect(page, "Predicted right, of 1,000", shares)
         expect(page, "Head 2", weights[1])
 
 
@@ -290,7 +289,7 @@ def test_in_the_browser_the_transformer_follows_each_switch(visit, runs):
     expect(page, "Decoder, to the text", torch.cat(chosen))
     unseen = sample_dates(split_days()[2][:200], Random(2))
     share = switches.share_exact(network, vocabulary, unseen)
-    expect(page, "Share of 200", torch.tensor([share, share]))
+    expect(page, "200 unseen dates", torch.tensor([share, share]))
 
 
 @pytest.mark.slow
@@ -298,7 +297,7 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
     page = visit.page
     network, vocabulary = transformer.open_model(runs / "transformer/model.safetensors")
     visit.turn_to("Search")
-    page.get_by_role("table", name="Finished").wait_for()  # the date before is gone
+    page.get_by_role("table", name="If it ended here").wait_for()  # the date before is gone
     date = page.get_by_label("A date")
     date.fill(DATE)
     visit.press(date, "Enter")
@@ -306,7 +305,9 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
     def follow(beam, alpha, upto):
         source, _ = trained.encode_date(DATE, vocabulary)
         _, steps = switches.watch_beam(network, source, beam, alpha)
-        ended = sorted((b for step in steps for b in step), key=lambda branch: -branch.score)[:5]
+        ended = sorted((b for step in steps[1:] for b in step), key=lambda branch: -branch.score)[
+            :5
+        ]
         page.get_by_role("row").filter(has_text=pictures.number(ended[0].score)).first.wait_for()
         nodes = sum(map(len, steps[:upto]))
         page.wait_for_function(f"document.querySelectorAll('svg tspan').length == {nodes}")
@@ -316,7 +317,7 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
     follow(2, 1, 12)
     visit.press(visit.slider("length penalty"), "Home")
     follow(2, 0, 12)
-    visit.press(visit.slider("steps"), "Home", "ArrowRight")
+    visit.press(visit.slider("show steps up to"), "Home", "ArrowRight")
     follow(2, 0, 2)
     page.get_by_text("transformer: loss").wait_for()
     photo = Image.new("RGB", (100, 120), "white")

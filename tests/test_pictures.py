@@ -67,7 +67,7 @@ def test_a_line_goes_through_its_numbers():
 
 
 def test_a_line_of_one_number_can_be_drawn():
-    assert 'points="60.0,40.0"' in P.plot("", "epoch", {"loss": [3.0]})
+    assert '<circle cx="60.0" cy="40.0"' in P.plot("", "epoch", {"loss": [3.0]})
 
 
 def test_the_tree_has_a_node_for_each_branch():
@@ -104,7 +104,7 @@ def test_one_word_is_followed_to_its_output(by_row):
 def test_the_likeliest_characters_stand_on_top():
     probabilities = torch.tensor([[0.0, 0.0, 0.0, 0.001, 0.9, 0.099], [0, 0, 1.0, 0, 0, 0]])
     texts = [text for _, _, text in cells(P.likeliest(probabilities, {"a": 4, " ": 5}))]
-    assert texts == ["a 90%", "end 100%", "␣ 10%", "", "", ""]
+    assert texts == ["a: 90%", "end: 100%", "␣: 10%", "", "", ""]
 
 
 def test_where_it_looks_is_the_row_of_the_step():
@@ -116,7 +116,7 @@ def test_where_it_looks_is_the_row_of_the_step():
         for name, size in sizes.items()
     }
     own, memory, encoder = P.looks(weights, 1, "a b", "xy").split("<caption>")[1:]
-    assert own.startswith("Decoder, to what it has written, to predict “y”")
+    assert own.startswith("Decoder, to its own prediction, to predict “y”, in %")
     assert [*re.findall("<th scope=col>(.*?)<", memory)] == ["a", "␣", "b", "end", "pad"]
     top = int(weights["decoder.0.cross_attention"][:, 1].mean(dim=0).argmax())
     rows = ((own, "decoder.0.self_attention", 1), (memory, "decoder.0.cross_attention", 1))

@@ -179,14 +179,14 @@ def test_without_the_causal_mask_the_future_is_seen(model, source):
 
 def test_without_the_memory_mask_padding_is_seen(model, source):
     assert (source[0] == transformer.PAD).any()
-    for off, most in (((), 0), (["memory mask"], 1)):
+    for off, most in (((), 0), (["padding mask"], 1)):
         weights = S.look_inside(S.switch_off(model, off), source[:1], torch.tensor([[1, 5]]))
         padding = weights["decoder.0.cross_attention"][..., source[0] == transformer.PAD]
         assert (padding.max() > 0) == bool(most)
 
 
 def test_without_its_factor_the_embedding_is_smaller(model, source):
-    plain = S.switch_off(model, ["√d_model", "positions"]).embed(source)
+    plain = S.switch_off(model, ["times √d_model", "positions"]).embed(source)
     torch.testing.assert_close(plain, model.embedding(source))
 
 
