@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure what translation.py needs for texts of growing size.
 
-    poetry run benchmarks/corpus.py DIR
+    poetry run benchmarks/corpus.py --data DIR --pairs 29000 290000 4500000
 
-DIR holds a parallel text, train.de, train.en, val.de and val.en, plain or gzipped. Random lines of
-it are joined to pairs of about 60 tokens in all. For each number of pairs, two processes one after
-the other start a training: the first learns the tokenizer and encodes the text, the second finds
-that done. Prints a table.
+DIR holds a parallel text, train.de, train.en, val.de and val.en, plain or gzipped; without it,
+phrases are made. Two random pairs of it are joined to one, of about 60 tokens where sentences are
+as long as captions. For each number of pairs, two processes one after the other start a training:
+the first learns the tokenizer and encodes the text, the second finds that done. The second's share
+of the mapped tokens is half of them, as the benchmark itself has mapped them, too. Prints a table.
 """
 
 import argparse
@@ -25,9 +26,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 corpus = importlib.import_module("corpus")
+phrases = importlib.import_module("phrases")
 script = importlib.import_module("translation")
 
-PAIRS = (29_000, 290_000, 4_500_000)
+PAIRS = (29_000, 290_000)
 LANGUAGES = ("de", "en")
 STEPS = 40
 
@@ -55,6 +57,15 @@ def memory() -> int:
     return 1024 * int(status["RssAnon"].split()[0])
 
 
+def share_of_mapping(path: Path) -> int:
+    """Return this process's share of the resident pages of a mapped file, in bytes (Linux).
+
+    A page that two processes have mapped counts half in each.
+    """
+    text = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+    return 1024 * int(text.partition("Pss:")[2].split()[0])
+
+
 def measure(folder: Path, out: Path) -> None:
     """Start a training, and print what it took as JSON."""
     start, settings, device = time.perf_counter(), script.PRESETS["small"], torch.device("cpu")
@@ -74,11 +85,13 @@ def measure(folder: Path, out: Path) -> None:
     before = time.perf_counter()
     batches = script.make_batches(train.lengths, settings.batch_tokens, torch.Generator())
     batching = time.perf_counter() - before
+    train.tokens.sum()  # reads the whole file
+    held = share_of_mapping(encoded / "train.tokens")
     widths = torch.stack([len(rows) * train.lengths[rows].amax(dim=0).sum() for rows in batches])
     print(json.dumps({
         "prepared": prepared, "first": first, "step": statistics.median(seconds[5:]),
         "memory": peak, "batching": batching, "fill": (train.lengths.sum() / widths.sum()).item(),
-        "tokens": len(train.tokens) / len(train.lengths),
+        "tokens": len(train.tokens) / len(train.lengths), "held": held,
         "shapes": len({(len(rows), *train.lengths[rows].amax(dim=0).tolist()) for rows in batches}),
     }))  # fmt: skip
 
@@ -86,28 +99,39 @@ def measure(folder: Path, out: Path) -> None:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder of a parallel text")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="parallel text; else phrases")
     parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS, help="sizes to measure")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the folder of a child
     args = parser.parse_args()
     if args.measure:
         measure(args.data, args.measure)
         return
-    print("           tokens     s to first step    s for the   fill    shapes      ms   MB that")
-    print("    pairs  per pair   first    second    batches               a step   no file holds")
+    print("             tokens   s to first step    s for                ms MB no   MB of")
+    print("    pairs  per pair  first    second  batches   fill shapes a step  file  tokens share")
     for pairs in args.pairs:
         with tempfile.TemporaryDirectory() as folder:
             text, out = Path(folder) / "text", Path(folder) / "out"
-            make_text(text, args.data, pairs)
-            command = [sys.executable, __file__, str(text), "--measure", str(out)]
-            first, second = (
-                json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-                for _ in range(2)
-            )
+            source = args.data or Path(folder) / "phrases"
+            if not args.data:
+                phrases.write_phrases(source, LANGUAGES)
+            make_text(text, source, pairs)
+            command = [sys.executable, __file__, "--data", str(text), "--measure", str(out)]
+
+            def start(command: list[str] = command) -> dict[str, float]:
+                return json.loads(
+                    subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+                )
+
+            first = start()
+            (tokens,) = out.glob("*/train.tokens")
+            mapped = corpus.open_corpus(tokens.with_suffix("")).tokens
+            mapped.sum()  # this process holds the file, too
+            second = start()
         print(
-            f"{pairs:9,} {first['tokens']:9.1f} {first['first']:7.1f} {second['first']:9.1f} "
-            f"{first['batching']:10.2f} {first['fill']:6.1%} {first['shapes']:9} "
-            f"{1000 * first['step']:7.0f} {max(first['memory'], second['memory']) / 1e6:9.0f}",
+            f"{pairs:9,} {first['tokens']:9.1f} {first['first']:6.1f} {second['first']:9.1f} "
+            f"{first['batching']:8.2f} {first['fill']:6.1%} {first['shapes']:6} "
+            f"{1000 * first['step']:6.0f} {max(first['memory'], second['memory']) / 1e6:5.0f} "
+            f"{4 * len(mapped) / 1e6:7.1f} {second['held'] / len(mapped) / 4:5.0%}",
             flush=True,
         )
 

@@ -5,7 +5,8 @@
 
 The same weights learn from the same batches in the same loop, in turn in one process; around
 nn.Transformer go the same embedding, positions and output. Then the script decodes with and without
-its cache. Prints medians of rounds after a warm-up.
+its cache, and trains a network of the paper's base size, eager and compiled. Prints medians of
+rounds after a warm-up.
 """
 
 import copy
@@ -22,6 +23,7 @@ from random import Random
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 attention = importlib.import_module("attention")
@@ -35,8 +37,8 @@ SENTENCES, WORDS = 300, (8, 28)  # and how many tokens one has
 DECODED = 64  # tokens
 BATCHES = (1, 8, 32)  # sentences to decode at once
 BEAMS = (1, 4)
-
-Pairs = list[tuple[list[int], list[int]]]
+BASE = replace(script.PRESETS["base"], part_tokens=2000)  # that many at once; a GPU takes more
+STEP_TOKENS, STEPS = 50_000, 100_000  # of the paper's base training, section 5
 
 
 class PyTorchs(nn.Module):
@@ -88,16 +90,17 @@ class PyTorchs(nn.Module):
         return x @ self.embedding.weight.T
 
 
-def draw_sentences() -> Pairs:
-    """Return sentences of random tokens, and their translations."""
-    random, pairs = Random(0), []
-    for _ in range(SENTENCES):
-        length = random.randint(*WORDS)
+def draw_corpus(count: int, words: tuple[int, int], device: str) -> script.Corpus:
+    """Return sentences of random tokens, and their translations, which are equally long."""
+    random, sides = Random(0), []
+    for _ in range(count):
+        length = random.randint(*words)
         source, target = (
             random.choices(range(3, SETTINGS.vocab_size), k=length - side) for side in (0, 1)
         )
-        pairs.append(([*source, script.EOS], [script.BOS, *target, script.EOS]))
-    return pairs
+        sides += [[*source, script.EOS], [script.BOS, *target, script.EOS]]
+    tokens = torch.tensor([i for ids in sides for i in ids], dtype=torch.int32, device=device)
+    return script.Corpus(tokens, torch.tensor([0, *map(len, sides)]).cumsum(dim=0))
 
 
 def in_turn(*works: Callable[[], object]) -> tuple[list[float], list[list[object]]]:
@@ -118,14 +121,26 @@ def in_turn(*works: Callable[[], object]) -> tuple[list[float], list[list[object
     return [statistics.median(column) for column in zip(*rounds[1:], strict=True)], returned
 
 
-def compare(pairs: Pairs, device: str) -> nn.Module:
+def product_speed(device: str) -> float:
+    """Return the operations per second of one large product in the precision of training."""
+    x = torch.randn(4096, 4096, device=device)
+    with search.autocast(x.device):
+        ((seconds,), _) = in_turn(lambda: x @ x)
+    return 2 * len(x) ** 3 / seconds
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Count the operations of the products in a piece of work."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def compare(limit: float, device: str) -> nn.Module:
     """Measure an epoch of training, print a line, and return the network."""
     torch.manual_seed(0)
     ours = network.PreNormTransformer(SETTINGS.vocab_size, SETTINGS).to(device)
-    works = []
-    sides = [ids for pair in pairs for ids in pair]
-    tokens = torch.tensor([i for ids in sides for i in ids], dtype=torch.int32, device=device)
-    corpus = script.Corpus(tokens, torch.tensor([0, *map(len, sides)]).cumsum(dim=0))
+    works, corpus = [], draw_corpus(SENTENCES, WORDS, device)
     for model in (PyTorchs(ours, SETTINGS), ours):
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.98), eps=1e-9, fused=True)
@@ -142,13 +157,38 @@ def compare(pairs: Pairs, device: str) -> nn.Module:
     (theirs, mine), losses = in_turn(*works)
     for a, b in losses:
         assert math.isclose(a, b, rel_tol=0.01), f"that is not the same work: {losses}"
-    batches = run.progress.batch
-    count = sum(len(source) + len(target) - 1 for source, target in pairs)
+    batches, count = run.progress.batch, int(corpus.lengths.sum()) - SENTENCES
     print(
         f"{batches:5} {1000 * theirs / batches:15.1f} {1000 * mine / batches:6.1f} "
-        f"{theirs / mine:6.2f} {count / mine:9,.0f}  {losses[-1][0]:.5f} and {losses[-1][1]:.5f}"
+        f"{theirs / mine:6.2f} {count / mine:9,.0f} {operations(works[-1]) / mine / limit:14.0%}"
+        f"  {losses[-1][0]:.5f} and {losses[-1][1]:.5f}"
     )
     return ours
+
+
+def train_base(limit: float, device: str) -> None:
+    """Measure steps of the paper's base size, eager and compiled, and print a line for each."""
+    part = BASE.part_tokens if device == "cpu" else STEP_TOKENS // 2
+    corpus = draw_corpus(part // 60, (30, 30), device)
+    rows, count = torch.arange(len(corpus.lengths)), int(corpus.lengths.sum())
+    for name, prepare in (("eager", lambda model: model), ("compiled", torch.compile)):
+        model = script.Transformer(BASE.vocab_size, BASE).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-5, fused=True)
+        work = prepare(model)
+
+        def step(model: nn.Module = work, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            script.batch_loss(model, corpus, rows, smoothing=0.1).backward()
+            optimizer.step()
+
+        if name == "eager":
+            each = operations(step) / count
+        ((seconds,), _) = in_turn(step)
+        speed, days = count / seconds, STEPS * STEP_TOKENS * seconds / count / 86_400
+        print(
+            f"{name:8} {count:7,} {1000 * seconds:9.1f} {speed:9,.0f} {each * speed / 1e12:8.2f} "
+            f"{each * speed / limit:14.0%} {days:22.1f}"
+        )
 
 
 @torch.no_grad()
@@ -178,16 +218,21 @@ def main() -> None:
     """Print the tables."""
     warnings.filterwarnings("ignore", message="enable_nested_tensor")
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    limit = product_speed(device)
     print(f"PyTorch {torch.__version__} on {device}, {torch.get_num_threads()} threads;")
-    print(f"milliseconds per step, medians of {ROUNDS}.\n")
-    print("steps  nn.Transformer   ours  ratio  tokens/s  losses")
-    model = compare(draw_sentences(), device)
+    print(f"a product of 4096 x 4096 runs at {limit / 1e12:.2f} TFLOP/s.")
+    print(f"Milliseconds per step, medians of {ROUNDS}.\n")
+    print("steps  nn.Transformer   ours  ratio  tokens/s  share of that  losses")
+    model = compare(limit, device)
     without_end(model)
     print(f"\nDecoding {DECODED} tokens, milliseconds:")
     print("beam  sentences  without cache  with cache  ratio  sentences/s")
     for beam in BEAMS:
         for B in BATCHES:
             decode(model, B, beam, device)
+    print(f"\nPreset base; {STEPS:,} steps of {STEP_TOKENS:,} tokens are the paper's training:")
+    print("          tokens  ms a step  tokens/s  TFLOP/s  share of that  days for the training")
+    train_base(limit, device)
 
 
 if __name__ == "__main__":
