@@ -32,7 +32,7 @@ BATCH_SIZE, LEARNING_RATE = 128, 5e-3
 
 
 def check_shapes(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> None:
-    """Raise ValueError that names the shapes unless Q, K, V and the mask fit together."""
+    """Raise a ValueError that names the shapes unless Q, K, V and the mask fit together."""
     few = min(Q.dim(), K.dim(), V.dim()) < 2
     if few or not 0 < Q.shape[-1] == K.shape[-1] or K.shape[-2] != V.shape[-2]:
         shapes = f"Q {tuple(Q.shape)}, K {tuple(K.shape)}, V {tuple(V.shape)}"
@@ -97,7 +97,7 @@ class MultiHeadAttention(nn.Module):
         """Attend from query (B, T, d_model) to key and value (B, S, d_model): (B, T, d_model).
 
         The boolean mask, True where a query may attend, is (T, S) or (B, T, S) for all heads, or
-        (B, H, T, S); where it is 1 it broadcasts. Raises ValueError or RuntimeError for others.
+        (B, H, T, S); dimensions of size 1 broadcast. Raises ValueError or RuntimeError for others.
         """
         Q, K, V, mask = self.split_heads(query, key, value, mask)
         check_shapes(Q, K, V, mask)
@@ -110,12 +110,12 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """Return the weights (B, H, T, S) with which `forward` mixes the values."""
         weights = scaled_dot_product_attention(*self.split_heads(query, key, value, mask))[1]
-        return weights.expand(len(query), self.num_heads, -1, -1)  # a mask makes no more of them
+        return weights.expand(len(query), self.num_heads, -1, -1)  # a mask must not add any
 
     def split_heads(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return Q (B, H, T, d_k), K and V (B, H, S, d_k), and the mask with as many dimensions."""
+        """Return Q (B, H, T, d_k), K and V (B, H, S, d_k), and a mask that fits (B, H, T, S)."""
         if {query.dim(), key.dim(), value.dim()} != {3}:
             raise ValueError("query, key and value must be (B, T, d_model)")
         projected = self.W_q(query), self.W_k(key), self.W_v(value)
@@ -151,7 +151,7 @@ class PairFinder(nn.Module):
     def __init__(self, num_heads: int, d_model: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(10, d_model)
-        # Times √d_model, section 3.4, this makes digits and positions about equally large.
+        # Multiplied by √d_model (section 3.4), digits become about as large as positions.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
         self.positions = nn.Buffer(positional_encoding(LENGTH, d_model), persistent=False)
         self.attention = MultiHeadAttention(d_model, num_heads)
@@ -179,7 +179,7 @@ def sample_sequences(count: int, unseen: bool) -> tuple[Tensor, Tensor]:
     """Draw digits (count, LENGTH) and their labels (count, LENGTH, 2): mirror, left neighbor.
 
     The left neighbor of the first digit is the last. Digits that add up to a multiple of ten are
-    kept for the `unseen` sequences.
+    reserved for the `unseen` sequences.
     """
     digits = torch.randint(10, (count, LENGTH))
     remainder = torch.zeros(count).long() if unseen else torch.randint(1, 10, (count,))
@@ -288,7 +288,7 @@ def show_scaling() -> None:
         print(f"{d_k:8}", end="")
         for scores in (Q @ K.mT, Q @ K.mT / math.sqrt(d_k)):
             a = scores.softmax(dim=-1)
-            jacobian = a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2)  # of a row, by its scores
+            jacobian = a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2)  # d(weights) / d(scores)
             gradient, largest = torch.linalg.matrix_norm(jacobian).mean(), a.amax(dim=-1).mean()
             print(f"{scores.var():11.2f}{largest:10.2f}{gradient:10.3f}", end="")
         print()
@@ -308,7 +308,7 @@ def compare(steps: int, device: str) -> tuple[dict[str, tuple[float, float]], Pa
 
 
 def show_heads(results: dict[str, tuple[float, float]], names: str, weights: Tensor) -> None:
-    """Print the results, and where heads look: weights (B, H, T, T); names: the first sequence."""
+    """Print results and where heads look: weights (B, H, T, T); names are the first sequence."""
     print("\nWhy positions and many heads: predict the digits of mirror image and left neighbor")
     print(f"{'':25}last loss  all right, of 1,000 unseen sequences")
     for name, (loss, exact) in results.items():
@@ -322,7 +322,7 @@ def show_heads(results: dict[str, tuple[float, float]], names: str, weights: Ten
 
 def show_masks() -> None:
     """Print what masks look like."""
-    print("\nMasks: █ where a query, a row, may attend to a key, a column\n")
+    print("\nMasks: █ where a query (row) may attend to a key (column)\n")
     causal, padding = causal_mask(5), padding_mask(torch.tensor([[7, 7, 7, 0, 0]]), pad=0)[0]
     pictures = torch.stack((causal, padding.expand(5, 5), causal & padding)).float()
     show_pictures(["causal", "padding", "both"], pictures, "12345")
@@ -330,15 +330,15 @@ def show_masks() -> None:
 
 def draw_heads(weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> bytes:
     """Draw weights (H, T, S), a panel per head, with the names of queries and keys: a PNG."""
-    size = (4 * len(weights), 1.3 + 3 * len(rows) / len(columns))
+    down, across = math.ceil(len(weights) / 2), min(2, len(weights))
+    size = (4 * across, down * (1.3 + 3 * min(4, len(rows) / len(columns))))
     figure, png = Figure(figsize=size, layout="constrained"), io.BytesIO()
-    panels = figure.subplots(1, len(weights), squeeze=False, sharey=True)
-    for head, (axes, picture) in enumerate(zip(panels[0], weights.tolist(), strict=True), start=1):
+    for head, picture in enumerate(weights.tolist(), start=1):
+        axes = figure.add_subplot(down, across, head, title=f"head {head}", xlabel="looks at")
         axes.imshow(picture, cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=f"head {head}", xlabel="looks at")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
-    figure.savefig(png, format="png", dpi=120)
+    figure.savefig(png, format="png", dpi=120, bbox_inches="tight")
     return png.getvalue()
 
 
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    parser.add_argument("--explain", metavar="SENTENCE", help="only follow this sentence")
+    parser.add_argument("--explain", metavar="SENTENCE", help="follow this sentence and exit")
     parser.add_argument("--steps", type=int, default=500, help="batches to train each network on")
     parser.add_argument("--seed", type=int, default=0, help="fixes every random choice")
     parser.add_argument("--device", default=device, help="where to compute")
@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sentence = SENTENCE if args.explain is None else args.explain
     words = normalize("NFC", sentence).split()  # one é, however it was typed
     if not 1 <= len(words) <= MAX_WORDS:
-        parser.error(f"argument --explain: must have 1 to {MAX_WORDS} words; more are too wide")
+        parser.error(f"argument --explain: must have 1 to {MAX_WORDS} words; more don't fit")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # each kind of device fails in its own way
@@ -407,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as by `| head`
+    except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, FloatingPointError) as error:
