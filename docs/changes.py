@@ -10,6 +10,7 @@ makes only those of a page.
 import argparse
 import contextlib
 import io
+import math
 import re
 import runpy
 import sys
@@ -54,12 +55,10 @@ def measure(page: dict[str, Any], change: dict[str, Any]) -> list[float]:
 
 
 def cell(number: float, page: dict[str, Any]) -> str:
-    """Write a number as the cell of a table."""
+    """Write a number as the cell of a table, and a huge one, which rounding decides, roughly."""
     text = f"{number:.{page['digits']}f}"
     if abs(number) >= 1e6:
-        digit, _, exponent = f"{number:.0e}".partition("e+")
-        power = f"10{str(int(exponent)).translate(SUPERSCRIPT)}"
-        text = power if digit == "1" else f"{digit}·{power}"
+        text = f"±10{str(round(math.log10(abs(number)))).translate(SUPERSCRIPT)}"
     return text.replace("-", "−") + page.get("unit", "")
 
 

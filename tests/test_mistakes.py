@@ -49,9 +49,16 @@ def row(page, start):
     return ROWS[page][name]
 
 
-def makes(page, start):
-    """Note that a test makes a mistake; pass it what is seen, if it asks."""
+SAID = []
+
+
+def makes(page, start, *words):
+    """Note that a test makes a mistake, and the words of its row that the test shows to be true.
+
+    The test gets the row if it asks for what is seen.
+    """
     seen = row(page, start)
+    SAID.extend((seen, each) for each in words)
 
     def mark(test):
         asks = "seen" in inspect.signature(test).parameters
@@ -116,7 +123,11 @@ def test_without_squeeze_the_line_is_flat_and_pytorch_warns(changed, seen):
     assert f"slope {abs(slope):.4f}" in seen
 
 
-@makes("1-hello.md", "no `loss")
+@makes(
+    "1-hello.md",
+    "no `loss",
+    "no error: nothing is learned",
+)
 def test_without_backward_nothing_is_learned(changed):
     names = changed("pytorch-hello.py", "        loss.backward()\n", "")
     assert line(names["fit_line"], steps=0) == line(names["fit_line"])
@@ -209,7 +220,11 @@ def weights_under(mask):
     return attention.scaled_dot_product_attention(Q, K, V, mask)[1]
 
 
-@makes("3-attention.md", "a mask made")
+@makes(
+    "3-attention.md",
+    "a mask made",
+    "no error: each query attends to exactly the words that should be hidden",
+)
 def test_a_mask_that_is_true_where_it_forbids_shows_what_should_be_hidden():
     theirs = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.bool)
     ours = attention.causal_mask(4)
@@ -218,7 +233,12 @@ def test_a_mask_that_is_true_where_it_forbids_shows_what_should_be_hidden():
     assert ((weights > 0) == ~ours).all()
 
 
-@makes("3-attention.md", "a mask of")
+@makes(
+    "3-attention.md",
+    "a mask of",
+    "no error: nothing is hidden",
+    "a mask must be boolean",
+)
 def test_ones_and_zeros_that_are_added_hide_nothing():
     torch.manual_seed(0)
     Q, K, V = torch.randn(3, 4, 8)
@@ -228,7 +248,13 @@ def test_ones_and_zeros_that_are_added_hide_nothing():
         attention.scaled_dot_product_attention(Q, K, V, mask)
 
 
-@makes("3-attention.md", "−∞")
+@makes(
+    "3-attention.md",
+    "−∞",
+    "NaN in its output",
+    "even if the loss ignores that output, in the whole gradient of V",
+    "The script returns zeros",
+)
 @pytest.mark.parametrize("fails", [True, False])
 def test_minus_infinity_everywhere_makes_nan_even_in_the_gradients(changed, fails):
     formula = attention.scaled_dot_product_attention
@@ -249,7 +275,12 @@ def test_minus_infinity_everywhere_makes_nan_even_in_the_gradients(changed, fail
     assert V.grad.isnan().all() == fails
 
 
-@makes("3-attention.md", "softmax")
+@makes(
+    "3-attention.md",
+    "softmax",
+    "no longer add up to 1",
+    "with a causal mask the future leaks",
+)
 def test_softmax_over_the_queries_lets_the_future_leak(changed):
     names = changed("attention.py", *bug("attention.py", "weights = scores.softmax(dim=-1)\n"))
     torch.manual_seed(0)
@@ -263,7 +294,12 @@ def test_softmax_over_the_queries_lets_the_future_leak(changed):
     assert not torch.allclose(first, changed_first)
 
 
-@makes("3-attention.md", "`is_causal")
+@makes(
+    "3-attention.md",
+    "`is_causal",
+    "the first query sees only the first key",
+    "`causal_mask(4)[-2:]` is right",
+)
 def test_is_causal_with_fewer_queries_than_keys_starts_at_the_first_key():
     torch.manual_seed(0)
     Q, K, V = torch.randn(1, 2, 8), torch.randn(1, 4, 8), torch.eye(4).unsqueeze(0)
@@ -274,7 +310,12 @@ def test_is_causal_with_fewer_queries_than_keys_starts_at_the_first_key():
     assert [*map(int, (weights > 0).sum(dim=1))] == [3, 4]
 
 
-@makes("4-transformer.md", "the target")
+@makes(
+    "4-transformer.md",
+    "the target",
+    "the lowest value that smoothed labels allow",
+    "can't write a date by itself",
+)
 def test_a_target_that_is_not_shifted_is_only_copied(changed):
     old, new = bug("transformer.py", "labels = target[:, 1:]")
     names = changed("transformer.py", old, new)
@@ -303,7 +344,11 @@ def test_a_target_that_is_not_shifted_is_only_copied(changed):
         assert set(ids) == {transformer.BOS}
 
 
-@makes("4-transformer.md", "padding")
+@makes(
+    "4-transformer.md",
+    "padding",
+    "the prediction for a date depends on the others in its batch",
+)
 def test_padding_masked_on_the_rows_lets_a_text_change_with_its_neighbors(changed, monkeypatch):
     names = changed("attention.py", *bug("attention.py", "(tokens != pad)"))
     alone, beside = draw([4]), draw([4, 7])
@@ -314,7 +359,11 @@ def test_padding_masked_on_the_rows_lets_a_text_change_with_its_neighbors(change
     assert not torch.allclose(model.encode(alone)[0], model.encode(beside)[0, :4])
 
 
-@makes("4-transformer.md", "no `eval")
+@makes(
+    "4-transformer.md",
+    "no `eval",
+    "answers change every time",
+)
 def test_without_eval_dropout_stays_on(changed):
     old = "model.eval().encode(source), padding"
     wrong = changed("transformer.py", old, old.replace(".eval()", ""))["generate"]
@@ -325,7 +374,11 @@ def test_without_eval_dropout_stays_on(changed):
     assert len({str(transformer.generate(model, source)) for _ in range(5)}) == 1
 
 
-@makes("4-transformer.md", "a cache")
+@makes(
+    "4-transformer.md",
+    "a cache",
+    "every new token is treated as if it were at position 0",
+)
 def test_a_cache_that_forgets_where_it_is_puts_every_token_at_position_0(changed):
     wrong = changed("transformer.py", *bug("transformer.py", "start=t)"))["generate"]
     model, source = make(), draw([6, 5, 4])
@@ -348,7 +401,12 @@ def gradient(add_gradients, world):
     return torch.cat([parameter.grad.flatten() / world for parameter in model.parameters()])
 
 
-@makes("5-translation.md", "each process")
+@makes(
+    "5-translation.md",
+    "each process",
+    "not that of the whole batch",
+    "changes with the number of processes",
+)
 def test_a_loss_divided_by_the_tokens_of_each_process_is_not_that_of_the_batch(changed):
     old = "batch[rank::world], world / count\n"
     new = "batch[rank::world], 1 / int((corpus.lengths[batch[rank::world], 1] - 1).sum())\n"
@@ -361,7 +419,11 @@ def test_a_loss_divided_by_the_tokens_of_each_process_is_not_that_of_the_batch(c
     assert not torch.allclose(gradient(wrong, 3), gradient(wrong, 2))
 
 
-@makes("5-translation.md", "all processes")
+@makes(
+    "5-translation.md",
+    "all processes",
+    "sets the same numbers to 0 in every process",
+)
 def test_the_same_random_numbers_in_all_processes_hide_the_same(changed):
     same = "hash((progress.seed, progress.step, rank))"
     assert same in source("translation.py")
@@ -376,7 +438,11 @@ def test_the_same_random_numbers_in_all_processes_hide_the_same(changed):
     assert not torch.equal(right, others_right)
 
 
-@makes("5-translation.md", "a beam")
+@makes(
+    "5-translation.md",
+    "a beam",
+    "worse than a translation that was already found",
+)
 def test_a_beam_that_drops_finished_translations_ends_with_worse_ones(changed):
     old = "better = (ended > best) & (length <= limit)\n"
     highest = "total[..., 3:].flatten(1).amax(dim=1) / penalty[length]"
@@ -396,7 +462,7 @@ def test_a_beam_that_drops_finished_translations_ends_with_worse_ones(changed):
 
 @makes("5-translation.md", "pairs")
 def test_pairs_at_random_fill_a_batch_with_padding(changed, tmp_path, seen):
-    old = "order = (lengths.amax(dim=1) + random).argsort()"
+    old = "order = (lengths.amax(dim=1) + random).argsort(stable=True)"
     wrong = changed("corpus.py", old, "order = random.argsort()")["make_batches"]
     languages = ("de", "en")
     pairs = [*islice(sample_pairs(languages, "train"), 4000)]
@@ -414,3 +480,8 @@ def test_pairs_at_random_fill_a_batch_with_padding(changed, tmp_path, seen):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_mistake_of_a_page_is_made(page):
     assert MADE[page] == set(ROWS[page])
+
+
+@pytest.mark.parametrize(("seen", "words"), SAID)
+def test_a_row_says_what_its_test_shows(seen, words):
+    assert words in seen
