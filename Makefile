@@ -13,7 +13,7 @@ POETRY := .poetry/bin/python -m poetry
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
 
 help:
-	@echo 'make demo       set up, then run the five scripts'
+	@echo 'make demo       set up, then run the five lessons'
 	@echo 'make explore    set up, then open a page on which one can move things'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'

@@ -1,7 +1,7 @@
-"""The cache of a decoder, which writes token by token, in one place.
+"""A cache for the keys and values of a decoder that writes token by token.
 
-Without it, each step computes the keys and values of all earlier tokens again. transformer.py and
-translation.py write within `with cached(model):`, and give the decoder only what is new.
+Without it, each step recomputes the keys and values of all earlier tokens. transformer.py and
+search.py write within `with cached(model):`, and pass the decoder only the new tokens.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from attention import MultiHeadAttention
 def cached(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     """Let the decoder keep its keys and values, so that each step computes only the new ones.
 
-    W_k and W_v of each attention then return the rows (B, S, d_model) of all they were ever given,
-    though each call gives them only new ones. Yields these rows for each W.
+    W_k and W_v of each attention then return the rows (B, S, d_model) of all tokens so far; each
+    call passes only the new ones. Yields these rows for each W.
     """
     rows: dict[nn.Module, Tensor] = {}
 
@@ -27,7 +27,7 @@ def cached(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
             rows[W] = output
         elif output.shape[1]:  # the memory is given only once
             rows[W] = torch.cat((rows[W], output), dim=1)
-        return rows[W]  # what a forward hook returns takes the place of the output
+        return rows[W]  # the result of a forward hook replaces the output
 
     decoder = model.get_submodule("decoder")
     heads = [module for module in decoder.modules() if isinstance(module, MultiHeadAttention)]

@@ -1,7 +1,7 @@
-"""Fashion-MNIST: images of clothes with their labels, found and read.
+"""Find and read Fashion-MNIST: images of clothing with their labels.
 
 70,000 images of 28x28 pixels in ten classes (Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747), in
-four IDX files: images and labels, to train and to test. fashion-mnist.py learns from them.
+four IDX files: images and labels, for training and testing. fashion-mnist.py trains on them.
 """
 
 import gzip
@@ -43,7 +43,7 @@ def read_idx(path: Path, *size: int) -> Tensor:
     expected = np.array((0x801 + len(size), count, *size), ">u4").tobytes()
     if count < 1 or header != expected or len(content) != count * math.prod(size):
         shape = ", ".join(map(str, ("N", *size)))
-        found = f"{len(header) + len(content)} bytes or more of something else"
+        found = f"{len(header) + len(content)} bytes or more that don't fit"
         raise OSError(
             f"{file.name} is broken: expected an IDX file of shape ({shape}), got {found}"
         )
@@ -57,7 +57,7 @@ def load(folder: Path, train: bool) -> Split:
     labels = read_idx(folder / f"{name}-labels-idx1-ubyte")
     if len(images) != len(labels) or labels.max() >= len(CLASSES):
         counts = f"{len(images)} images and {len(labels)} labels up to {labels.max()}"
-        raise OSError(f"{folder} is broken: {counts} for {name} don't fit")
+        raise OSError(f"{folder} is broken: {name} has {counts}")
     return images, labels.long()
 
 

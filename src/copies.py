@@ -1,7 +1,7 @@
-"""The folder practice/: copies of the scripts, which a person edits, and what is done so far.
+"""The folder practice/: copies of the scripts for a learner to edit, and a record of progress.
 
-practice.py uses it. No function that a person has written is ever lost: a file is kept, under
-another name, before anything in it is replaced.
+practice.py uses it. No function that the learner has written is ever lost: a file is copied to
+another name before anything in it is replaced.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ PRACTICE = SOURCES.parent / "practice"
 
 @dataclass
 class State:
-    """What a person has done so far."""
+    """The learner's progress."""
 
     current: str = ""
     started: list[str] = field(default_factory=list)
@@ -29,12 +29,12 @@ class State:
 
 
 def read(path: Path) -> str:
-    """Read a script with its line ends as they are. Raises OSError if it is no Python."""
+    """Read a script with its line endings unchanged. Raises OSError if it isn't valid Python."""
     try:
         source = path.read_bytes().decode()
         compile(source, path.name, "exec")
     except (SyntaxError, ValueError) as error:
-        raise OSError(f"mend this first: {path}: {error}") from error
+        raise OSError(f"fix this first: {path}: {error}") from error
     return source
 
 
@@ -46,28 +46,28 @@ def write(path: Path, text: str) -> None:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o755)  # as the scripts, to be run
+        temporary.chmod(0o755)  # executable, like the scripts
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_state() -> State:
-    """Read what `write_state` wrote. Raises OSError if it is broken."""
+    """Read the file that `write_state` wrote. Raises OSError if it is broken."""
     path = PRACTICE / "state.json"
     try:
         return State(**json.loads(path.read_bytes())) if path.exists() else State()
     except (TypeError, ValueError) as error:
-        raise OSError(f"{path} is broken; without it, all starts anew") from error
+        raise OSError(f"{path} is broken; delete it to start over") from error
 
 
 def write_state(state: State) -> None:
-    """Keep what a person has done so far."""
+    """Save the learner's progress."""
     write(PRACTICE / "state.json", json.dumps(asdict(state), indent=1))
 
 
 def keep(path: Path) -> Path:
-    """Keep a file beside itself, under another name, which is returned."""
+    """Copy a file to a new name in the same folder; return the copy's path."""
     number = 1
     while (old := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
@@ -86,7 +86,7 @@ def scripts(tasks: dict[str, Task]) -> list[str]:
 
 
 def refresh(state: State, tasks: dict[str, Task]) -> None:
-    """Copy the scripts that aren't in practice/ yet, or have changed, with what a person wrote."""
+    """Copy new and changed scripts to practice/, and keep the functions that the learner wrote."""
     PRACTICE.mkdir(exist_ok=True)
     for name in scripts(tasks):
         path, source = PRACTICE / name, read(SOURCES / name)
@@ -98,8 +98,8 @@ def refresh(state: State, tasks: dict[str, Task]) -> None:
             state.started = [task for task in state.started if tasks[task].script != name]
         elif hashlib.sha256(path.read_bytes()).hexdigest() != before:
             source = carry(sorted(mine), read(path), source)
-            print(f"src/{name} has changed. practice/{name} is new, with your functions in it;")
-            print(f"as it was, it is now {keep(path).name}.\n")
+            print(f"src/{name} has changed. practice/{name} is a new copy with your functions;")
+            print(f"the old one is now {keep(path).name}.\n")
         write(path, source)
         state.hashes[name] = digest
     write_state(state)

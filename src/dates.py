@@ -1,7 +1,7 @@
 """Dates as people write them in 26 languages, beside ISO 8601: `12 de octubre de 1968`, 1968-10-12.
 
-Babel writes them with the patterns of Unicode's CLDR, so that there are as many as one likes, and
-no download. transformer.py learns to read them.
+Babel generates them from the patterns of Unicode's CLDR: as many as you like, with no download.
+The network of transformer.py learns to read them.
 """
 
 import datetime
@@ -17,13 +17,13 @@ LANGUAGES = (
 FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
 TEST_DAYS, VALIDATION_DAYS = 5000, 1000  # which training never sees, in any language
 
-Pair = tuple[str, str]  # a date as people write it, and as ISO 8601 does
+Pair = tuple[str, str]  # a date as people write it, and in ISO 8601
 
 
 def date_forms(language: str) -> list[str]:
     """Return the medium, long and full pattern of Unicode's CLDR that have only one reading.
 
-    A date with slashes has two, for 1/2/1968 is two days, unless it begins with the year.
+    A date with slashes, like 1/2/1968, has two readings unless it begins with the year.
     """
     forms = [str(get_date_format(form, language).pattern) for form in ("medium", "long", "full")]
     return [form for form in forms if form.startswith("y") or "/" not in form]
@@ -47,12 +47,12 @@ def split_days() -> tuple[list[int], list[int], list[int]]:
 
 
 def evaluate(pairs: Sequence[Pair], found: Sequence[str]) -> float:
-    """Return the share of dates that were read exactly."""
+    """Return the share of dates that were predicted exactly."""
     return sum(iso == each for (_, iso), each in zip(pairs, found, strict=True)) / len(pairs)
 
 
 def show_test(pairs: Sequence[Pair], found: Sequence[str]) -> None:
-    """Print how many dates were read exactly, and examples, mistakes first."""
+    """Print how many dates were predicted exactly, and examples, mistakes first."""
     print(f"\nTest: {evaluate(pairs, found):.2%} of {len(pairs):,} dates exactly\n")
     rows = sorted(zip(pairs, found, strict=True), key=lambda row: row[0][1] == row[1])
     for (text, iso), guess in rows[:12]:

@@ -3,7 +3,7 @@
 
 Run `poetry run src/fashion-mnist.py`. It trains on images of 28x28 pixels (Xiao, Rasul and Vollgraf
 2017, arXiv 1708.07747), reports on a validation split after every epoch and on the test set once,
-and fills runs/fashion-mnist/, all in about 30 s. Then `--predict photo.jpg` classifies a photo.
+and fills runs/fashion-mnist/, all in about 40 s. Then `--predict photo.jpg` classifies a photo.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SAMPLE_NOTE = " (one sixth of the data; go online or pass --data for all of it)"
 
 
 class Epoch(NamedTuple):
-    """A row of the table: what an epoch brought."""
+    """A row of the table: the results of one epoch."""
 
     epoch: int
     training_loss: float
@@ -49,8 +49,8 @@ class Classifier(nn.Module):
     """Three linear layers: images (B, 28, 28) uint8 -> logits (B, 10).
 
     Pixels are bytes; the square root brightens dark garments against the black background. Batch
-    normalization (Ioffe and Szegedy 2015) undoes any shift and scale, so what comes before it needs
-    no bias and no normalization.
+    normalization (Ioffe and Szegedy 2015) undoes any shift and scale, so the layer before needs no
+    bias, and its input no normalization.
     """
 
     def __init__(self, width: int = 512) -> None:
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, 10) of images (B, 28, 28) uint8."""
-        return self.layers(images.float().add_(1e-9).sqrt_())  # as the root of 0 is slow
+        return self.layers(images.float().add_(1e-9).sqrt_())  # the root of 0 is slow
 
 
 def augment(images: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def fit(
     batch_size: int,
     learning_rate: float,
 ) -> Iterator[Epoch]:
-    """Train, and yield how it stands after each epoch.
+    """Train, and yield the results of each epoch.
 
     The learning rate rises to its highest value and falls again (Smith and Topin 2017, arXiv
     1708.07120). Raises FloatingPointError if a loss isn't finite.
@@ -253,7 +253,7 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
     for photo in photos:
         try:
             image = prepare(open_photo(photo))
-        except Exception as error:  # Pillow's decoders raise all kinds for a broken file
+        except Exception as error:  # Pillow's decoders fail in many ways on a broken file
             print(printable(f"{photo}: {error}"), file=sys.stderr)
             status = 1
             continue
@@ -297,14 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--sample", action="store_true", help="use the bundled sample instead of --data")
     add("--epochs", type=number(1, 10_000), default=16, help="passes over the images")
     add("--batch-size", type=number(2, 100_000), default=500, help="images per step")
-    add("--learning-rate", type=number(1e-9, 10.0), default=6e-3, help="the highest one")
+    add("--learning-rate", type=number(1e-9, 10.0), default=6e-3, help="highest value")
     add("--seed", type=number(0, 2**63 - 1), default=0, help="fixes every random choice")
     add("--device", type=usable_device, default=device, help="where to compute")
     add("--out", type=Path, default=OUT, help="folder for the results")
-    add("--predict", type=Path, nargs="+", metavar="PHOTO", help="classify, instead of training")
+    add("--predict", type=Path, nargs="+", metavar="PHOTO", help="classify photos and exit")
     args = parser.parse_args(argv)
     if args.data and (args.sample or not args.data.is_dir()):
-        parser.error("argument --data: must be a folder, and without --sample")
+        parser.error("argument --data: must be a folder; can't be used with --sample")
     if "\0" in str(args.out):
         parser.error("argument --out: must be a name without NUL")
     started = time.perf_counter()
@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as by `| head`
+    except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, FloatingPointError) as error:

@@ -1,4 +1,4 @@
-"""Cut holes into the scripts, and plant mistakes: exercises.toml says where.
+"""Cut holes in the scripts, and plant mistakes: exercises.toml says where.
 
 practice.py uses it. A function is found by its name, and a mistake by its exact text.
 """
@@ -21,16 +21,16 @@ class Task:
     script: str
     function: str  # its qualified name
     tests: list[str]  # of the script's tests, those that judge it
-    hints: list[str]  # the last but one of an exercise is the formula
+    hints: list[str]  # the next-to-last one of an exercise is the formula
     title: str = ""
-    chapter: str = ""  # of the course, if it is not named as the script
+    chapter: str = ""  # of the course, if it isn't named after the script
     task: str = ""  # where the docstring doesn't say it
     first: str = ""  # how the first and the last statement to write begin, if that is not
     last: str = ""  # the whole body
-    alone: bool = True  # whether what it gives depends on nothing but its arguments
-    old: str = ""  # what stands
+    alone: bool = True  # whether its result depends only on its arguments
+    old: str = ""  # the right code
     new: str = ""  # the mistake in its place
-    symptom: str = ""  # what one sees of the mistake
+    symptom: str = ""  # the visible effect of the mistake
 
 
 def read_tasks() -> dict[str, Task]:
@@ -59,14 +59,14 @@ def find_body(source: str, name: str) -> tuple[int, str]:
 
 
 def function_lines(source: str, name: str) -> slice:
-    """Return which lines of a source are the function, with its decorators."""
+    """Return the lines of a function in a source, with its decorators."""
     function = find(ast.parse(source), name)
     first = min([function.lineno, *(node.lineno for node in function.decorator_list)])
     return slice(first - 1, function.end_lineno)
 
 
 def hole_lines(source: str, task: Task) -> slice:
-    """Return which lines are to be written: all after the docstring, or from `first` to `last`."""
+    """Return the lines to write: all after the docstring, or those from `first` to `last`."""
     function = find(ast.parse(source), task.function)
     statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
     if not task.first:
@@ -80,7 +80,7 @@ def hole_lines(source: str, task: Task) -> slice:
 
 
 def fill(source: str, task: Task, body: str) -> str:
-    """Return the source with another body in the place of what is to be written."""
+    """Return the source with another body in place of the lines to write."""
     lines, hole = source.split("\n"), hole_lines(source, task)
     first = next(line for line in lines[hole] if line.strip())
     indent = first[: len(first) - len(first.lstrip())]
@@ -89,9 +89,9 @@ def fill(source: str, task: Task, body: str) -> str:
 
 
 def prepare(source: str, task: Task) -> str:
-    """Return the source with the hole, or the mistake. All else stays, byte for byte."""
+    """Return the source with the hole, or the mistake. The rest stays the same, byte for byte."""
     if task.old:
-        before, after = source.split(task.old)  # it stands there once
+        before, after = source.split(task.old)  # it occurs exactly once
         return before + task.new + after
     return fill(source, task, f'raise NotImplementedError("write {task.name} here")')
 

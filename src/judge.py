@@ -1,7 +1,7 @@
 """Run chosen tests on another copy of a script, and say in a few lines what fails first.
 
 practice.py uses it. The tests import the copy in place of the script, and every other script as it
-is. They run in a process of their own, with limits, so that no answer can harm the one who asks. On
+is. They run in a process of their own, with limits, so that no answer can harm the main process. On
 Linux it is forked from one that has imported everything already; elsewhere it starts afresh.
 """
 
@@ -28,18 +28,18 @@ from holes import SOURCES, mend
 
 ROOT = SOURCES.parent
 FORK = sys.platform == "linux"  # elsewhere the libraries do not all survive it
-SECONDS = 15 if FORK else 90  # with the imports, where they come anew
+SECONDS = 15 if FORK else 90  # including imports, unless it is forked
 MEMORY = 4 * 2**30  # bytes
 WATCHED_CALLS = 30  # of a test
 
 
 class Case(NamedTuple):
-    """What is to be judged: a function in the copy of a script, by some tests of the script."""
+    """A function to judge: in the copy of a script, with some of the script's tests."""
 
     path: Path  # of the copy; the script in src/ has the same name
-    function: str  # its qualified name, or nothing if its calls say nothing
+    function: str  # its qualified name; empty if comparing calls is useless
     tests: list[str]
-    others: tuple[str, ...] = ()  # functions which are not judged; the reference takes their place
+    others: tuple[str, ...] = ()  # functions that aren't judged; the reference's are used instead
 
     @property
     def test_file(self) -> Path:
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the tests pass, and what there is to say."""
+    """Whether the tests pass, and the lines to print."""
 
     passed: bool
     lines: list[str]
@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Call:
-    """A call of the function: what it was given, and what came of it."""
+    """A call of the function: its arguments and its outcome."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -65,7 +65,7 @@ class Call:
 
 @dataclass
 class Watcher:
-    """A plugin of pytest that keeps the calls of a function, and the first test that fails."""
+    """A pytest plugin that records the calls of a function, and the first test that fails."""
 
     test: str = ""
     error: BaseException | None = None
@@ -73,15 +73,15 @@ class Watcher:
     printed: str = ""
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Forget the calls of the test before."""
+        """Forget the calls of the previous test."""
         self.calls.clear()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep what is printed."""
+        """Record the first output."""
         self.printed = self.printed or report.capstdout
 
     def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo) -> None:
-        """Keep what fails first."""
+        """Record the first failure."""
         if self.error is None and call.excinfo:
             self.test, self.error = node.name, call.excinfo.value
             if isinstance(self.error, pytest.Collector.CollectError):
@@ -112,7 +112,7 @@ class Watcher:
 
 
 def load(name: str, path: Path, others: Iterable[str] = ()) -> ModuleType:
-    """Import a copy of a script as the module `name`. It takes its data to be beside src/."""
+    """Import a copy of a script as the module `name`. It looks for its data beside src/."""
     module = sys.modules[name] = ModuleType(name)
     module.__file__ = str(SOURCES / path.name)
     exec(compile(mend(path, others), path, "exec"), vars(module))
@@ -120,7 +120,7 @@ def load(name: str, path: Path, others: Iterable[str] = ()) -> ModuleType:
 
 
 def find(module: ModuleType, name: str) -> tuple[Any, Any]:
-    """Return the function of a qualified name, and the module or class that it belongs to."""
+    """Return the function with a qualified name, and the module or class it belongs to."""
     owner, function = None, module
     for part in name.split("."):
         owner, function = function, vars(function)[part]
@@ -128,7 +128,7 @@ def find(module: ModuleType, name: str) -> tuple[Any, Any]:
 
 
 def describe(value: Any) -> str:
-    """Write a value in a line: numbers if they are few, else what it is."""
+    """Describe a value in one line: its numbers if there are few, else its type and shape."""
     if isinstance(value, BaseException):
         return f"raises {type(value).__name__}: {str(value).partition(chr(10))[0]}"
     if isinstance(value, tuple | list) and len(value) <= 9:
@@ -146,7 +146,7 @@ def difference(given: Any, wanted: Any) -> tuple[str, str] | None:
     """Return what differs in two results, in words, or None if nothing does."""
     texts = describe(given), describe(wanted)
     if isinstance(given, Exception) and type(given) is type(wanted):
-        return None  # in its own words
+        return None  # the wording may differ
     if type(given) is not type(wanted) or callable(wanted):
         return texts
     if isinstance(wanted, tuple | list) and len(given) == len(wanted):
@@ -177,12 +177,12 @@ def difference(given: Any, wanted: Any) -> tuple[str, str] | None:
 
 
 def close(a: Any, b: Any) -> bool:
-    """Tell whether two numbers are equal, but for rounding."""
+    """Tell whether two numbers are equal, except for rounding."""
     return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-5) or (a != a and b != b)
 
 
 def outcome_of(function: Callable[..., Any], call: Call) -> object:
-    """Return what comes of the same call of another function."""
+    """Return the outcome of the same call to another function."""
     try:
         return function(*copy.deepcopy(call.arguments), **copy.deepcopy(call.options))
     except Exception as error:
@@ -190,7 +190,7 @@ def outcome_of(function: Callable[..., Any], call: Call) -> object:
 
 
 def first_difference(case: Case, watcher: Watcher) -> Iterator[str]:
-    """Yield what the function was called with, gave, and should have given, the first time."""
+    """Yield the first call with a wrong result: its arguments, its result, and the right one."""
     reference, calls = load("reference", SOURCES / case.path.name), list(watcher.calls)
     for call in calls:
         function, _ = find(reference, case.function)
@@ -235,7 +235,7 @@ def explain(case: Case, watcher: Watcher) -> Iterator[str]:
 
 
 def examine(case: Case, sender: Connection) -> None:
-    """Run the tests in this process, which is their own, and send the verdict."""
+    """Run the tests in this process, started for them, and send the verdict."""
     with contextlib.suppress(ImportError, ValueError):  # not on Windows; or the limit is lower
         import resource
 

@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 PHOTO_SIDE = 224  # pixels, enough to cut out a garment
-SMALLEST = 0.004  # of a photo, that a garment covers
+SMALLEST = 0.004  # share of a photo that a garment must cover
 
 
 def open_photo(path: Path) -> Image.Image:
-    """Read a photo: upright, RGB, on white if transparent, at most `PHOTO_SIDE` pixels a side."""
+    """Read a photo: upright, RGB, on white if transparent, its longer side `PHOTO_SIDE` pixels."""
     with Image.open(path) as file:
         size = (4 * PHOTO_SIDE, 4 * PHOTO_SIDE)
         file.thumbnail(size, Image.Resampling.NEAREST)  # makes no copy of the original's size
@@ -46,12 +46,12 @@ def find_garment(pixels: np.ndarray) -> np.ndarray:
     small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
     inside = np.pad(np.ones((28, 28), dtype=np.uint8), 2)
     table = cv2.resize(cv2.inpaint(small, inside, 3, cv2.INPAINT_TELEA), (width, height))
-    off = cv2.absdiff(pixels, table)  # from what the border lets expect
+    off = cv2.absdiff(pixels, table)  # from the background that the border suggests
     differs = (off > 3 * (off[border].mean(axis=0) + 8)).any(axis=-1)
     mask = np.where(differs, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     mask[border] = cv2.GC_BGD
     if (mask == cv2.GC_PR_FGD).mean() > SMALLEST:
-        cv2.setRNGSeed(0)  # GrabCut draws at random; the same photo shall give the same image
+        cv2.setRNGSeed(0)  # GrabCut is random; the same photo should give the same image
         colors = np.zeros((1, 65))  # GrabCut fills it
         cv2.grabCut(pixels, mask, (0, 0, 1, 1), colors, colors.copy(), 5, cv2.GC_INIT_WITH_MASK)
     _, parts, stats, _ = cv2.connectedComponentsWithStats((mask == cv2.GC_PR_FGD).astype(np.uint8))
@@ -65,18 +65,18 @@ def find_garment(pixels: np.ndarray) -> np.ndarray:
 def prepare(photo: Image.Image) -> Tensor:
     """Turn a photo of a garment into an image as in the data set: uint8 (28, 28), light on black.
 
-    It is made negative, turned straight, cropped, and its longer side becomes 28 pixels. Raises
-    ValueError if there is nothing but background.
+    It is inverted unless its background is dark, straightened, cropped, and scaled to 28 pixels on
+    the longer side. Raises ValueError if there is nothing but background.
     """
     pixels = cv2.bilateralFilter(np.asarray(photo), 5, 30, 3)  # removes noise, keeps edges
     garment = find_garment(pixels)
     gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(float)
-    if np.median(gray[~garment]) > 60:  # on black, a photo is as light as the data set
+    if np.median(gray[~garment]) > 60:  # on black, a photo already looks like the data set
         gray = 255 - gray
     gray *= 255 / max(1, np.percentile(gray[garment], 99))
     image = Image.fromarray((gray * garment).clip(0, 255).astype(np.uint8))
     tilt = (cv2.minAreaRect(cv2.findNonZero(garment.astype(np.uint8)))[2] + 45) % 90 - 45
-    if abs(tilt) <= 12:  # more may be its shape
+    if abs(tilt) <= 12:  # a larger tilt may be its shape
         image = image.rotate(tilt, Image.Resampling.BILINEAR, expand=True)
     image = image.crop(image.point(lambda value: 255 * (value > 8)).getbbox())
     return torch.from_numpy(np.array(ImageOps.pad(image, (28, 28), Image.Resampling.BOX)))

@@ -1,8 +1,8 @@
-"""Phrases in two languages, without end, from Unicode's CLDR: a text for translation.py to learn.
+"""Unlimited phrases in two languages, from Unicode's CLDR: a text for translation.py to learn.
 
 Babel writes times, spans, units, amounts of money and dates in all its languages, so each pair says
-the same: `vor 3 Tagen` and `3 days ago`. What is held out for validation and test is never trained
-on.
+the same thing: `vor 3 Tagen` and `3 days ago`. Phrases held out for validation and test are never
+trained on.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from babel.numbers import format_currency
 from babel.units import format_unit, get_unit_name
 
 COUNTS = {"train": 100_000, "val": 1000, "test": 2000}  # pairs
-SECONDS = {  # of a unit of time, and the most that Babel does not turn into a larger one
+SECONDS = {  # in a unit of time: the most units before Babel takes a larger one
     1: 50, 60: 50, 3600: 20, 86_400: 5, 7 * 86_400: 3, 30 * 86_400: 10, 365 * 86_400: 99,
 }  # fmt: skip
 UNITS = (
@@ -56,7 +56,7 @@ def sample_phrase(random: Random, units: Sequence[str]) -> Phrase:
 def sample_pairs(languages: Sequence[str], split: str, seed: int = 0) -> Iterator[Pair]:
     """Draw pairs of one or two phrases for a split, without end.
 
-    A checksum of the source decides to which split it belongs.
+    A checksum of the source decides which split it belongs to.
     """
     random, (source, target) = Random(f"{seed} {split}"), map(Locale.parse, languages)
     units = [
@@ -72,7 +72,7 @@ def sample_pairs(languages: Sequence[str], split: str, seed: int = 0) -> Iterato
 
 
 def check_languages(languages: Sequence[str]) -> None:
-    """Raise ValueError that names the option if Babel does not know a language."""
+    """Raise a ValueError that names the option if Babel does not know a language."""
     for option, language in zip(("--from", "--to"), languages, strict=True):
         try:
             Locale.parse(language)

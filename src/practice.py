@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write it yourself: functions of these scripts become holes, and their tests judge your answers.
 
-Run `poetry run src/practice.py` for the list. `start mask` copies the scripts to practice/, one
-function empty; `check` runs its tests on your copy, `check --watch` at each save; `hint` and
+Run `poetry run src/practice.py` for the list. `start mask` copies the scripts to practice/ without
+one function; `check` tests your copy, `check --watch` does so at each save; `hint` and
 `solution` help. The exercises, and the mistakes to hunt (`start bug-1`), are in exercises.toml.
 """
 
@@ -23,7 +23,7 @@ COLORS = {"✓": 32, "✗": 31, "→": 33}
 
 
 def chapter(task: Task) -> str:
-    """Return the page of the course that explains what a task is about."""
+    """Return the page of the course that explains the subject of a task."""
     pages = sorted((ROOT / "docs").glob("[0-9]-*.md"))
     found = [page.name for page in pages if page.name == task.chapter]
     found += [page.name for page in pages if page.stem[2:] in task.script]
@@ -37,13 +37,13 @@ def start(task: Task, state: State, again: bool) -> None:
         copy = read(path)
         touched = copy.split("\n")[function_lines(copy, task.function)]
         if touched != reference.split("\n")[function_lines(reference, task.function)]:
-            print(f"What was in {path.relative_to(ROOT)} is kept in {keep(path).name}.\n")
+            print(f"The old {path.relative_to(ROOT)} is kept as {keep(path).name}.\n")
         write(path, carry([task.function], prepare(reference, task), copy))
         state.started = [*dict.fromkeys([*state.started, task.name])]
         state.hints.pop(task.name, None)
     else:
         print(
-            f"{task.name} was started before; --again starts it over, and keeps what you wrote.\n"
+            f"{task.name} was started before; --again starts over, and keeps a copy of your work.\n"
         )
     state.current = task.name
     write_state(state)
@@ -51,7 +51,7 @@ def start(task: Task, state: State, again: bool) -> None:
 
 
 def show_task(task: Task) -> None:
-    """Print what is to be done, and where."""
+    """Print the task, and where to write."""
     if task.symptom:
         print(f"{task.name}: practice/{task.script} now has a mistake. This is what it does:\n")
         print(textwrap.indent(textwrap.fill(task.symptom, 96), "  "))
@@ -63,7 +63,7 @@ def show_task(task: Task) -> None:
 
 
 def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
-    """Judge what a person wrote, and print the verdict; return the exit status."""
+    """Judge the learner's answer, and print the verdict; return the exit status."""
     started = [tasks[name] for name in state.started if tasks[name].script == task.script]
     others = {other.function for other in started} - {task.function}
     watched = task.function if task.alone else ""
@@ -83,7 +83,7 @@ def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
 
 
 def watch(tasks: dict[str, Task]) -> None:
-    """Check the current task at each save of its file, or start of another one, without end."""
+    """Check the current task whenever its file is saved or another task started, until Ctrl-C."""
     seen: tuple[str, int] | None = None
     while True:
         state = read_state()
@@ -98,7 +98,7 @@ def watch(tasks: dict[str, Task]) -> None:
 
 
 def show_hint(task: Task, state: State) -> None:
-    """Print one hint more than the last time."""
+    """Print one more hint than last time."""
     given = min(state.hints.get(task.name, 0) + 1, len(task.hints))
     state.hints[task.name] = given
     write_state(state)
@@ -106,12 +106,12 @@ def show_hint(task: Task, state: State) -> None:
         print(
             textwrap.fill(f"{number}. {hint}", 96, initial_indent="  ", subsequent_indent="     ")
         )
-    more = "hint says more" if given < len(task.hints) else "solution shows what stands there"
+    more = "hint says more" if given < len(task.hints) else "solution shows the answer"
     print(f"\nNext: check; {more}", flush=True)
 
 
 def show_solution(task: Task) -> None:
-    """Print what a person wrote, and what stands in the script."""
+    """Print the learner's function, and the script's."""
     for path in (PRACTICE / task.script, SOURCES / task.script):
         source = read(path)
         lines = source.split("\n")[function_lines(source, task.function)]
@@ -120,7 +120,7 @@ def show_solution(task: Task) -> None:
 
 
 def show_lines(mark: str, name: str, lines: Sequence[str]) -> None:
-    """Print lines after a mark, which has a color at a terminal."""
+    """Print lines after a mark, which is colored in a terminal."""
     if mark in COLORS and sys.stdout and sys.stdout.isatty():
         mark = f"\x1b[{COLORS[mark]}m{mark}\x1b[0m"
     print(f"{mark} {name} {lines[0]}", *lines[1:], sep="\n    ", flush=True)
@@ -129,11 +129,11 @@ def show_lines(mark: str, name: str, lines: Sequence[str]) -> None:
 def advice(state: State, tasks: dict[str, Task]) -> str:
     """Return the command for the first task that is not done."""
     rest = [name for name in tasks if name not in state.done]
-    return f"poetry run src/practice.py start {rest[0]}" if rest else "nothing, all is done"
+    return f"poetry run src/practice.py start {rest[0]}" if rest else "nothing; everything is done"
 
 
 def show_list(state: State, tasks: dict[str, Task]) -> None:
-    """Print all tasks by script: what is done, and what is next."""
+    """Print all tasks by script, mark those that are done, and name the next one."""
     heading, rest = "", [name for name in tasks if name not in state.done]
     for number, task in enumerate(tasks.values(), start=1):
         if heading != (heading := "Mistakes to find" if task.symptom else task.script):
@@ -144,24 +144,24 @@ def show_list(state: State, tasks: dict[str, Task]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is asked; return the exit status."""
+    """Run the given command; return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = ("list", "start", "check", "hint", "solution")
     parser.add_argument("command", nargs="?", choices=commands, default="list", help="what to do")
     parser.add_argument(
-        "name", nargs="?", help="of a task, or its number; else the one started last"
+        "name", nargs="?", help="name or number of a task (default: the last one started)"
     )
     parser.add_argument("--watch", action="store_true", help="check at each save, until Ctrl-C")
-    parser.add_argument("--again", action="store_true", help="start over; what you wrote is kept")
+    parser.add_argument("--again", action="store_true", help="start over; keep a copy of your work")
     args = parser.parse_args(argv)
     tasks = read_tasks()
     names = dict(enumerate(tasks, start=1))
     if args.name and args.name not in tasks:
         if not args.name.isdecimal() or int(args.name) not in names:
             parser.error(
-                f"argument name: must be one of {', '.join(tasks)}, or a number of the list"
+                f"argument name: must be one of {', '.join(tasks)}, or a number from the list"
             )
         args.name = names[int(args.name)]
     try:
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(task, state, tasks)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as by `| head`
+    except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, SyntaxError, LookupError) as error:

@@ -111,8 +111,8 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """Encoder and decoder of section 3, for sequences of up to MAX_LENGTH tokens.
 
-    Source, target and output share one embedding, section 3.4. It starts at 1/√d_model, so that
-    multiplied by √d_model it is as large as the positions, and the first logits have variance 1.
+    Source, target and output share one embedding, section 3.4. Its initial std is 1/√d_model: times
+    √d_model it is about as large as the positions, and the first logits have variance 1.
     """
 
     encoder_layer: type[nn.Module] = EncoderLayer
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         """Return the logits (B, T, V) of the token after each one of the target (B, T).
 
         The target needs no padding mask: padding stands at its end, where the causal mask hides it.
-        With `cached`, target and memory are only what is new, the target from `start` on.
+        With `cached`, pass only the new part of target and memory; the target's begins at `start`.
         """
         x = self.embed(target, start)
         mask = causal_mask(start + target.shape[1], target.device)[start:]
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
 
 @torch.inference_mode()
 def generate(model: Transformer, source: Tensor, limit: int = 20) -> list[list[int]]:
-    """Generate a target for each source (B, S): again and again the likeliest next token.
+    """Generate a target for each source (B, S), taking the likeliest next token at each step.
 
     Returns the tokens between BOS and EOS, at most `limit` of them.
     """
@@ -191,7 +191,7 @@ def generate(model: Transformer, source: Tensor, limit: int = 20) -> list[list[i
 
 
 def learning_rate(step: int, d_model: int, warmup: int) -> float:
-    """Return the learning rate of a step, from 1 on: equation 3, section 5.3."""
+    """Return the learning rate of a step, counted from 1: equation 3, section 5.3."""
     return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
@@ -201,7 +201,7 @@ def train(
     """Train on dates drawn anew in each epoch; yield its loss, accuracy and seconds.
 
     The loss is the mean with smoothed labels, in nats per token; the accuracy is the share of the
-    validation dates read exactly. Raises FloatingPointError if the loss is not finite.
+    validation dates predicted exactly. Raises FloatingPointError if the loss is not finite.
     """
     days, validation_days, _ = split_days()
     d_model = model.embedding.embedding_dim
@@ -214,7 +214,7 @@ def train(
     for epoch in range(epochs):
         start, total, random = time.perf_counter(), 0.0, Random(f"{seed} {epoch}")
         pairs = sample_dates(random.choices(days, k=BATCHES * BATCH_SIZE), random)
-        pairs.sort(key=lambda pair: len(pair[0]))  # like lengths together need little padding
+        pairs.sort(key=lambda pair: len(pair[0]))  # similar lengths need little padding
         model.train()
         for n in tqdm(random.sample(range(BATCHES), BATCHES), leave=False, disable=None):
             batch = make_batch(pairs[n * BATCH_SIZE : (n + 1) * BATCH_SIZE], vocabulary)
@@ -234,7 +234,7 @@ def train(
 
 
 def read(model: Transformer, vocabulary: dict[str, int], texts: Sequence[str]) -> list[str]:
-    """Return what the network reads in each of the texts."""
+    """Return the network's prediction for each of the texts."""
     characters = {i: c for c, i in vocabulary.items()}
     found = []
     for start in range(0, len(texts), 500):
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s", flush=True)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as by `| head`
+    except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, FloatingPointError) as error:

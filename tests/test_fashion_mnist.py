@@ -376,7 +376,7 @@ def test_the_same_seed_gives_the_same_weights(folder, tmp_path, capsys, monkeypa
         ("--device abacus", "argument --device: 'abacus' can't be used here"),
         ("--device hpu", "argument --device: 'hpu' can't be used here"),
         ("--data no/such/folder", "argument --data: must be a folder"),
-        ("--data . --sample", "argument --data: must be a folder, and without --sample"),
+        ("--data . --sample", "argument --data: must be a folder; can't be used with --sample"),
         ("--out a\0b", "argument --out: must be a name without NUL"),
     ],
 )
