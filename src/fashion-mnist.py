@@ -254,7 +254,8 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
         try:
             image = prepare(open_photo(photo))
         except Exception as error:  # Pillow's decoders fail in many ways on a broken file
-            print(printable(f"{photo}: {error}"), file=sys.stderr)
+            reason = getattr(error, "strerror", None) or error
+            print(printable(f"{photo}: {reason}"), file=sys.stderr)
             status = 1
             continue
         show_image(image)

@@ -52,10 +52,12 @@ def find(node: ast.AST, name: str) -> ast.FunctionDef:
     return node
 
 
-def find_body(source: str, name: str) -> tuple[int, str]:
-    """Return the number of the last line of a function, and its docstring."""
-    function = find(ast.parse(source), name)
-    return function.end_lineno or 0, ast.get_docstring(function) or ""
+def find_hole(source: str, task: Task) -> tuple[int, str]:
+    """Return the number of the line to write, or else of the function, and its docstring."""
+    function = find(ast.parse(source), task.function)
+    lines = enumerate(source.split("\n"), start=1)
+    numbers = (number for number, line in lines if f"write {task.name} here" in line)
+    return next(numbers, function.lineno), ast.get_docstring(function) or ""
 
 
 def function_lines(source: str, name: str) -> slice:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from copies import PRACTICE, State, keep, read, read_state, refresh, write, write_state
-from holes import SOURCES, Task, carry, find_body, function_lines, prepare, read_tasks
+from holes import SOURCES, Task, carry, find_hole, function_lines, prepare, read_tasks
 from judge import Case, judge, warm_up, warm_up_optimizers
 
 ROOT = SOURCES.parent
@@ -43,7 +43,8 @@ def start(task: Task, state: State, again: bool) -> None:
         state.hints.pop(task.name, None)
     else:
         print(
-            f"{task.name} was started before; --again starts over, and keeps a copy of your work.\n"
+            f"{task.name} was started before; `start {task.name} --again` starts over, and keeps a "
+            "copy of your work.\n"
         )
     state.current = task.name
     write_state(state)
@@ -56,7 +57,7 @@ def show_task(task: Task) -> None:
         print(f"{task.name}: practice/{task.script} now has a mistake. This is what it does:\n")
         print(textwrap.indent(textwrap.fill(task.symptom, 96), "  "))
     else:
-        line, docstring = find_body(read(PRACTICE / task.script), task.function)
+        line, docstring = find_hole(read(PRACTICE / task.script), task)
         print(f"{task.name}: {task.title}\npractice/{task.script}:{line}, in {task.function}\n")
         print(textwrap.indent(docstring if not task.task else task.task.strip(), "  "))
     print(f"\nChapter: {chapter(task)}\nNext: check, or hint", flush=True)
@@ -126,15 +127,22 @@ def show_lines(mark: str, name: str, lines: Sequence[str]) -> None:
     print(f"{mark} {name} {lines[0]}", *lines[1:], sep="\n    ", flush=True)
 
 
-def advice(state: State, tasks: dict[str, Task]) -> str:
-    """Return the command for the first task that is not done."""
+def remaining(state: State, tasks: dict[str, Task]) -> list[str]:
+    """Return the tasks that are not done, those of the current chapter first."""
+    current = tasks.get(state.current)
     rest = [name for name in tasks if name not in state.done]
+    return sorted(rest, key=lambda name: bool(current and chapter(tasks[name]) != chapter(current)))
+
+
+def advice(state: State, tasks: dict[str, Task]) -> str:
+    """Return the command for the next task."""
+    rest = remaining(state, tasks)
     return f"poetry run src/practice.py start {rest[0]}" if rest else "nothing; everything is done"
 
 
 def show_list(state: State, tasks: dict[str, Task]) -> None:
     """Print all tasks by script, mark those that are done, and name the next one."""
-    heading, rest = "", [name for name in tasks if name not in state.done]
+    heading, rest = "", remaining(state, tasks)
     for number, task in enumerate(tasks.values(), start=1):
         if heading != (heading := "Mistakes to find" if task.symptom else task.script):
             print(f"\n{heading}" if number > 1 else heading)
@@ -151,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = ("list", "start", "check", "hint", "solution")
     parser.add_argument("command", nargs="?", choices=commands, default="list", help="what to do")
     parser.add_argument(
-        "name", nargs="?", help="name or number of a task (default: the last one started)"
+        "name", nargs="?", help="name or number of a task (default: the last one named)"
     )
     parser.add_argument("--watch", action="store_true", help="check at each save, until Ctrl-C")
     parser.add_argument("--again", action="store_true", help="start over; keep a copy of your work")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     tasks = read_tasks()
     names = dict(enumerate(tasks, start=1))
     if args.name and args.name not in tasks:
@@ -172,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state.started = [name for name in state.started if name in tasks]
         refresh(state, tasks)
         if args.command == "start":
-            rest = [name for name in tasks if name not in state.done] or list(tasks)
+            rest = remaining(state, tasks) or list(tasks)
             start(tasks[args.name or rest[0]], state, args.again)
             return 0
         state.current = args.name or state.current

@@ -54,6 +54,13 @@ def test_every_exercise_has_wrong_and_right_answers():
         assert len(set(each["right"])) >= 2, name
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_line_of_the_hole_is_told(name):
+    source = holes.prepare(reference(TASKS[name]), TASKS[name])
+    line, _ = holes.find_hole(source, TASKS[name])
+    assert source.split("\n")[line - 1].strip() == f'raise NotImplementedError("write {name} here")'
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_a_task_keeps_every_other_byte_and_the_syntax(task):
     before, after = reference(task), holes.prepare(reference(task), task)
@@ -293,9 +300,9 @@ def test_a_started_file_is_never_overwritten(run, place):
     assert 'NotImplementedError("write padding here")' in path.read_text()
     before = path.read_bytes()
     _, out = run("start", "mask")
-    assert "--again" in out
+    assert "`start mask --again`" in out
     assert path.read_bytes() == before
-    _, out = run("start", "mask", "--again")
+    _, out = run("start", "--again", "mask")
     assert "attention.1.py" in out
     assert (place / "practice/attention.1.py").read_bytes() == before
     assert 'NotImplementedError("write mask here")' in path.read_text()
@@ -457,3 +464,13 @@ def test_colors_are_for_terminals(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     practice.show_lines("✓", "mask", ["is right"])
     assert capsys.readouterr().out == "✓ mask is right\n\x1b[32m✓\x1b[0m mask is right\n"
+
+
+def test_what_is_next_is_of_the_same_chapter(run, place):
+    (place / "docs").mkdir()
+    for page in (ROOT / "docs").glob("[0-9]-*.md"):
+        (place / "docs" / page.name).touch()
+    run("start", "predict")
+    state = copies.read_state()
+    state.done = ["predict"]
+    assert practice.remaining(state, TASKS)[:3] == ["bug-3", "bug-4", "loop"]
