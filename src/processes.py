@@ -21,7 +21,7 @@ def join_processes(device: torch.device) -> None:
     """Connect the processes that torchrun has started."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
-    dist.init_process_group(timeout=datetime.timedelta(minutes=10))  # then one is lost
+    dist.init_process_group(timeout=datetime.timedelta(minutes=10))  # after that, one is lost
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -422,7 +422,7 @@ def clear_the_way(checkpoint: Path, resume: bool, restart: bool) -> None:
     """Discard a checkpoint, or refuse to begin over it. Raises OSError."""
     again, machines = map(os.environ.get, ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
     if restart and (again not in (None, "0") or machines not in (None, "1")):
-        raise OSError("--restart would discard it at each restart by torchrun: use --resume")
+        raise OSError("--restart would discard the checkpoint if torchrun restarts: use --resume")
     for path in checkpoint.parent.glob(".*.[0-9]*"):  # left by a process killed while writing
         path.unlink()
     if restart:
