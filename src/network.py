@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "num_layers": (1, 48, "layers of the encoder, and of the decoder"),
     "d_ff": (1, 16_384, "size inside the feed-forward network"),
     "dropout": (0.0, 0.9, "share of numbers set to 0 in training"),
+    "smoothing": (0.0, 0.9, "share of each label spread over all tokens, section 5.4"),
     "norm_first": (False, True, "put LayerNorm before each sublayer, not after it"),
     "vocab_size": (300, 100_000, "tokens in the vocabulary, at most"),
     "batch_tokens": (1, 1_000_000, "tokens per step, source and target, with padding"),
@@ -44,6 +45,7 @@ class Settings(Sizes):
     num_layers: int = 3
     d_ff: int = 512
     dropout: float = 0.3
+    smoothing: float = 0.2
     norm_first: bool = True
     vocab_size: int = 6000
     batch_tokens: int = 2048
@@ -69,12 +71,13 @@ def flag(name: str) -> str:
 
 PRESETS = {
     "phrases": Settings(
-        d_model=128, num_layers=2, d_ff=256, dropout=0.0, vocab_size=600, warmup=400, epochs=1
+        d_model=128, num_layers=2, d_ff=256, dropout=0.0, smoothing=0.1,
+        vocab_size=600, warmup=400, epochs=1,
     ),
     "small": Settings(),
     "base": Settings(  # table 3 and section 5 of the paper; 18 epochs of WMT 2014 are 100,000 steps
-        d_model=512, num_heads=8, num_layers=6, d_ff=2048, dropout=0.1, norm_first=False,
-        vocab_size=37_000, batch_tokens=50_000, warmup=4000, epochs=18, average=5,
+        d_model=512, num_heads=8, num_layers=6, d_ff=2048, dropout=0.1, smoothing=0.1,
+        norm_first=False, vocab_size=37_000, batch_tokens=50_000, warmup=4000, epochs=18, average=5,
     ),
 }  # fmt: skip
 

@@ -121,7 +121,7 @@ def batch_loss(model: nn.Module, corpus: Corpus, rows: Tensor, smoothing: float)
 
 
 def add_gradients(
-    model: nn.Module, corpus: Corpus, batch: Tensor, count: int, part_tokens: int
+    model: nn.Module, corpus: Corpus, batch: Tensor, count: int, settings: Settings
 ) -> Tensor:
     """Add the gradient of the mean loss of a batch with `count` labels; return the summed loss.
 
@@ -132,12 +132,12 @@ def add_gradients(
     share, weight = batch[rank::world], world / count
     if len(share) == 0:
         share, weight = batch[:1], 0.0  # takes part, and adds nothing
-    parts = share.tensor_split(cut(corpus.lengths[share], part_tokens)[:-1])
+    parts = share.tensor_split(cut(corpus.lengths[share], settings.part_tokens)[:-1])
     total = torch.zeros((), device=corpus.tokens.device)
     for n, part in enumerate(parts, start=1):
         waits = isinstance(model, DistributedDataParallel) and n < len(parts)
         with cast(DistributedDataParallel, model).no_sync() if waits else nullcontext():
-            loss = batch_loss(model, corpus, part, smoothing=0.1)
+            loss = batch_loss(model, corpus, part, settings.smoothing)
             (loss * weight).backward()
         total = total + loss.detach() * (weight > 0)
     return total
@@ -174,7 +174,7 @@ def train_epoch(
             group["lr"] = rate
         torch.manual_seed(hash((progress.seed, progress.step, rank)) % 2**63)
         run.optimizer.zero_grad()
-        losses = losses + add_gradients(model, corpus, batch, count, settings.part_tokens)
+        losses = losses + add_gradients(model, corpus, batch, count, settings)
         run.optimizer.step()
         progress.count += count
         progress.step += 1

@@ -27,8 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests star
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 SMALL = Settings(
-    d_model=16, num_heads=2, num_layers=1, d_ff=32, dropout=0.0, batch_tokens=200, warmup=20,
-    epochs=2,
+    d_model=16, num_heads=2, num_layers=1, d_ff=32, dropout=0.0, smoothing=0.3, batch_tokens=200,
+    warmup=20, epochs=2,
 )  # fmt: skip
 SENTENCES = [
     ("ein hund läuft im schnee .", "a dog runs in the snow ."),

@@ -75,6 +75,7 @@ def test_presets_are_those_of_the_paper_and_of_the_text():
     assert (base.d_model, base.num_heads, base.num_layers, base.d_ff) == (512, 8, 6, 2048)
     assert (base.dropout, base.warmup, base.vocab_size) == (0.1, 4000, 37_000)
     assert (base.norm_first, base.batch_tokens, base.average) == (False, 50_000, 5)
+    assert base.smoothing == 0.1
     assert N.PRESETS["small"] == N.Settings()
 
 

@@ -37,7 +37,7 @@ from transformer import BOS, EOS, Sizes, learning_rate
 SCRIPT = Path(T.__file__)
 TINY = (
     "--d-model", 16, "--num-heads", 2, "--num-layers", 1, "--d-ff", 32, "--dropout", 0.0,
-    "--warmup", 20, "--vocab-size", 320,
+    "--smoothing", 0.1, "--warmup", 20, "--vocab-size", 320,
 )  # fmt: skip
 
 
@@ -76,14 +76,14 @@ def batches_of(pairs, settings, seed=0, epoch=0):
 
 
 def smoothed_loss(model, pairs):
-    """Follow section 5.4 token by token: 0.9 on the right one, and 0.1 on all alike."""
-    losses = []
+    """Follow section 5.4 token by token: a share on all alike, the rest on the right one."""
+    losses, share = [], SMALL.smoothing
     for source, target in pairs:
         logits = model(torch.tensor([source]), torch.tensor([target[:-1]]))[0]
         for row, label in zip(logits.tolist(), target[1:], strict=True):
             log_sum = math.log(sum(math.exp(x) for x in row))
-            q = [0.1 / len(row)] * len(row)
-            q[label] += 0.9
+            q = [share / len(row)] * len(row)
+            q[label] += 1 - share
             losses.append(-sum(p * (x - log_sum) for p, x in zip(q, row, strict=True)))
     return sum(losses), len(losses)
 
@@ -126,7 +126,9 @@ def test_the_gradient_is_that_of_the_mean_loss_of_a_token():
     for source, target in pairs:
         logits = model(torch.tensor([source]), torch.tensor([target[:-1]]))[0]
         labels = torch.tensor(target[1:])
-        losses.append(F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1))
+        losses.append(
+            F.cross_entropy(logits, labels, reduction="none", label_smoothing=SMALL.smoothing)
+        )
     torch.cat(losses).mean().backward()
     for gradient, parameter in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
@@ -230,12 +232,12 @@ def test_the_shares_of_several_processes_have_together_the_gradient_of_one(
 ):
     corpus, model = corpus_of(random_pairs(count)), make()
     rows, labels = torch.arange(count), int((corpus.lengths[:, 1] - 1).sum())
-    loss = T.batch_loss(model, corpus, rows, smoothing=0.1)
+    loss = T.batch_loss(model, corpus, rows, SMALL.smoothing)
     expected = torch.autograd.grad(loss / labels, list(model.parameters()))
     total = 0.0
     for rank in range(world):  # one after the other, and none by DDP
         monkeypatch.setattr(T, "rank_and_world", lambda rank=rank: (rank, world))
-        total += T.add_gradients(model, corpus, rows, labels, 10**6)
+        total += T.add_gradients(model, corpus, rows, labels, SMALL)
     torch.testing.assert_close(total, loss.detach())
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad / world, gradient, rtol=1e-10, atol=1e-10)
@@ -245,13 +247,14 @@ def test_the_shares_of_several_processes_have_together_the_gradient_of_one(
 def test_the_gradient_of_parts_is_that_of_the_whole_batch(part_tokens):
     corpus, model = corpus_of(random_pairs(33)), make()
     rows, count = torch.arange(33), int((corpus.lengths[:, 1] - 1).sum())
-    loss = T.batch_loss(model, corpus, rows, smoothing=0.1)
+    loss = T.batch_loss(model, corpus, rows, SMALL.smoothing)
     (loss / count).backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     parts = []
     model.register_forward_hook(lambda model, inputs, _: parts.append(len(inputs[0])))
-    total = T.add_gradients(model, corpus, rows, count, part_tokens)
+    settings = dataclasses.replace(SMALL, part_tokens=part_tokens)
+    total = T.add_gradients(model, corpus, rows, count, settings)
     torch.testing.assert_close(total, loss.detach())
     assert sum(parts) == 33
     assert {10**6: len(parts) == 1, 60: 1 < len(parts) < 33, 1: len(parts) == 33}[part_tokens]
@@ -856,7 +859,7 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
         total = 0.0
         for rank, share in enumerate(shares):  # of one pair, the second gets nothing
             torch.manual_seed(hash((0, 0, rank)) % 2**63)
-            loss = T.batch_loss(model, corpus, share, smoothing=0.1)
+            loss = T.batch_loss(model, corpus, share, SMALL.smoothing)
             (loss / count).backward()
             total += loss.item()
         gradients = [p.grad.clone() for p in model.parameters()]
