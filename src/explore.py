@@ -280,7 +280,7 @@ def _(answer, changed, date, page, source, step, tokens):
 @app.cell
 def _():
     beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
-    alpha = mo.ui.slider(0, 1, step=0.1, value=1, label="length penalty", show_value=True)
+    alpha = mo.ui.slider(0, 2, step=0.1, value=1.2, label="length penalty", show_value=True)
     upto = mo.ui.slider(1, 12, value=12, label="show steps up to", show_value=True)
     photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
     return alpha, beam, photo, upto

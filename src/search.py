@@ -26,7 +26,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 @torch.inference_mode()
 def beam_search(
-    model: Transformer, source: Tensor, beam: int, alpha: float = 1.0, use_cache: bool = True
+    model: Transformer, source: Tensor, beam: int, alpha: float = 1.2, use_cache: bool = True
 ) -> list[list[int]]:
     """Search for the likeliest target of each source (B, S); return their tokens without EOS.
 

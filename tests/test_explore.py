@@ -312,9 +312,9 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
         nodes = sum(map(len, steps[:upto]))
         page.wait_for_function(f"document.querySelectorAll('svg tspan').length == {nodes}")
 
-    follow(3, 1, 12)
+    follow(3, 1.2, 12)
     visit.press(visit.slider("beam"), "ArrowLeft")
-    follow(2, 1, 12)
+    follow(2, 1.2, 12)
     visit.press(visit.slider("length penalty"), "Home")
     follow(2, 0, 12)
     visit.press(visit.slider("show steps up to"), "Home", "ArrowRight")

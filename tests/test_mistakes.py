@@ -19,7 +19,7 @@ import corpus
 import search
 import transformer
 import translation
-from conftest import ROOT, corpus_of, draw, make, save_text
+from conftest import ROOT, SMALL, corpus_of, draw, make, save_text
 from phrases import sample_pairs
 from test_search import score_of
 from test_translation import random_pairs
@@ -397,7 +397,7 @@ def gradient(add_gradients, world):
     model, count = make(), int((text.lengths[:, 1] - 1).sum())
     for rank in range(world):
         add_gradients.__globals__["rank_and_world"] = lambda rank=rank: (rank, world)
-        add_gradients(model, text, torch.arange(9), count, 10**6)
+        add_gradients(model, text, torch.arange(9), count, SMALL)
     return torch.cat([parameter.grad.flatten() / world for parameter in model.parameters()])
 
 
@@ -453,9 +453,9 @@ def test_a_beam_that_drops_finished_translations_ends_with_worse_ones(changed):
         model = Transformer(9, Sizes(8, 2, 1, 8)).double().eval()
         nn.init.normal_(model.embedding.weight)
         text = draw([3, 1], vocab_size=9)
-        pairs = zip(search.beam_search(model, text, 2), wrong(model, text, 2), strict=True)
-        for ids, (right, found) in zip(text, pairs, strict=True):
-            a, b = (score_of(model, ids, target, 1.0) for target in (right, found))
+        found = [find(model, text, 2, 1.0) for find in (search.beam_search, wrong)]
+        for ids, *pair in zip(text, *found, strict=True):
+            a, b = (score_of(model, ids, target, 1.0) for target in pair)
             worse += b < a - 1e-9
     assert worse
 

@@ -105,7 +105,7 @@ def test_random_networks_are_searched_as_by_the_plain_search():
         model = PreNormTransformer(9, Sizes(8, 2, 1, 8)).double().eval()
         nn.init.normal_(model.embedding.weight)
         source = draw([3, 1], vocab_size=9)
-        for row, ids in zip(source, S.beam_search(model, source, beam=2), strict=True):
+        for row, ids in zip(source, S.beam_search(model, source, 2, 1.0), strict=True):
             expected, finished = plain_search(model, row, 2, 1.0)
             assert tuple(ids) == expected
             lower += finished[expected] > list(finished.values())[-1]
@@ -149,7 +149,7 @@ def test_a_wide_beam_finds_what_trying_everything_finds(monkeypatch, alpha):
 
 def test_a_beam_wider_than_the_vocabulary_is_searched(searched):
     model, source = searched
-    found = S.beam_search(model, source[:2], beam=20)
+    found = S.beam_search(model, source[:2], 20, 1.0)
     assert [tuple(ids) for ids in found] == [plain_search(model, s, 20, 1.0)[0] for s in source[:2]]
 
 
