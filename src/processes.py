@@ -21,7 +21,12 @@ def join_processes(device: torch.device) -> None:
     """Connect the processes that torchrun has started."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
-    dist.init_process_group(timeout=datetime.timedelta(minutes=10))  # after that, one is lost
+    timeout = datetime.timedelta(minutes=10)  # after that, one is lost
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # machines don't count restarts alike
+        # torchrun keeps its store: the addresses of processes that died must not be found there.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def rank_and_world() -> tuple[int, int]:

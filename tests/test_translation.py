@@ -891,6 +891,19 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
+def test_after_a_restart_no_address_of_a_dead_process_is_found(monkeypatch):
+    server, stores = dist.TCPStore("localhost", 0, is_master=True), []  # that of torchrun
+    monkeypatch.setattr(dist, "init_process_group", lambda store, **_: stores.append(store))
+    names = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "GROUP_WORLD_SIZE": "1"}
+    names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0", "WORLD_SIZE": "1"}
+    for restarts in ("0", "0", "1"):
+        for name, value in (names | {"TORCHELASTIC_RESTART_COUNT": restarts}).items():
+            monkeypatch.setenv(name, value)
+        processes.join_processes(torch.device("cpu"))
+    stores[0].set("rank 1", "localhost:1")
+    assert [store.check(["rank 1"]) for store in stores] == [True, True, False]
+
+
 def under_torchrun(*arguments, options=("--standalone", "--nproc-per-node", "2")):
     """Start the script under torchrun: two of it, if not told otherwise."""
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT)]
