@@ -332,7 +332,7 @@ def fit(
     """
     progress, model, first = run.progress, cast(nn.Module, run.model), rank_and_world()[0] == 0
     if dist.is_initialized():
-        model = DistributedDataParallel(run.model, broadcast_buffers=False)
+        model = DistributedDataParallel(run.model)
     saved = time.monotonic()
     while progress.epoch < run.settings.epochs:
         clock = time.monotonic()

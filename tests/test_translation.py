@@ -810,7 +810,7 @@ def in_two_processes(rank, folder, port, pairs, expected, arguments):
     for (few, dropout, part_tokens), (loss, gradients) in expected.items():
         model = make(dropout=dropout)
         optimizer = torch.optim.SGD(model.parameters())
-        trained = DistributedDataParallel(model, broadcast_buffers=False)
+        trained = DistributedDataParallel(model)
         settings = dataclasses.replace(ONE_BATCH, part_tokens=part_tokens)
         run = start_run(model, settings, optimizer=optimizer)
         # A signal to one of them stops both.
@@ -925,6 +925,7 @@ def whole_of_two(trained, tmp_path_factory):
     process = under_torchrun("--data", trained[0], *LONG, "--out", out)
     printed, error = process.communicate()
     assert process.returncode == 0, error
+    assert "Warning" not in error
     assert printed.count(" parameters on ") == printed.count("Saved in ") == 1
     return out
 
