@@ -12,13 +12,21 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, it would keep the process group and its threads
 from filelock import FileLock, Timeout
 
 Result = TypeVar("Result")
 
 
-def join_processes(device: torch.device) -> None:
-    """Connect the processes that torchrun has started."""
+@contextmanager
+def joined_processes(device: torch.device) -> Iterator[None]:
+    """Connect the processes that torchrun has started, if it has; disconnect them at the end.
+
+    After an error, they are not disconnected: some may be waiting for others.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
     timeout = datetime.timedelta(minutes=10)  # after that, one is lost
@@ -27,6 +35,9 @@ def join_processes(device: torch.device) -> None:
         # torchrun keeps its store: the addresses of processes that died must not be found there.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
+    yield
+    # Ends the group's threads, too: at Python's exit, they could abort the process.
+    dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -75,7 +86,10 @@ def by_first(make: Callable[[], Result]) -> Result:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another run uses; the lock dies with the process."""
+    """Refuse a folder that another run uses; the lock dies with the first process."""
+    if rank_and_world()[0] > 0:
+        yield
+        return
     try:
         lock = FileLock(folder / "lock").acquire(timeout=0)
     except Timeout:

@@ -64,7 +64,7 @@ from processes import (
     by_first,
     catching_signals,
     gather,
-    join_processes,
+    joined_processes,
     rank_and_world,
     usable_device,
 )
@@ -548,10 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, tokenizer = open_model(args.out / "model.safetensors")
             return show_translations(model.to(args.device), tokenizer, args.translate, args.beam)
         args.out.mkdir(parents=True, exist_ok=True)
-        if "WORLD_SIZE" in os.environ:
-            join_processes(args.device)
-        first = rank_and_world()[0] == 0
-        with alone(args.out) if first else nullcontext():
+        with joined_processes(args.device), alone(args.out):
             by_first(lambda: clear_the_way(checkpoint, args.resume, args.restart))
             encoded, total, tests = by_first(
                 lambda: open_data(args.data, languages, settings, args.out)
@@ -562,10 +559,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stopped = show_training(run, encoded, total, args.out, args.save_minutes)
             if not stopped:
                 by_first(lambda: show_results(run, tests, args.beam, args.out, started))
-            elif first:
+            elif rank_and_world()[0] == 0:
                 print(f"{parser.prog}: stopped; use --resume to continue", file=sys.stderr)
-            if dist.is_initialized():
-                dist.destroy_process_group()
         return 128 + stopped if stopped else 0
     except KeyboardInterrupt:
         return 130

@@ -803,6 +803,25 @@ def in_two_processes(rank, folder, port, pairs, expected, arguments):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    (*settings, out), evaluate = arguments, T.evaluate
+    if rank == 0:  # is stopped once it has validated
+
+        def evaluate_and_stop(*args):
+            signal.raise_signal(signal.SIGTERM)
+            return evaluate(*args)
+
+        T.evaluate = evaluate_and_stop
+    assert run_main(*settings, "--out", out / "stopped") == 143
+    T.evaluate = evaluate
+    assert not dist.is_initialized()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    os.environ["MASTER_PORT"] = str(port + 1)
+    if rank == 1:  # as if its disk were another
+        (out / "elsewhere").mkdir()
+    folders = ("stopped", "elsewhere")
+    assert run_main(*settings, "--resume", "--out", out / folders[rank]) == 1
+    dist.destroy_process_group()
+
     minute = datetime.timedelta(minutes=1)
     dist.init_process_group("gloo", f"file://{folder}/store", minute, world_size=2, rank=rank)
     assert processes.gather(rank) == [0, 1]
@@ -819,24 +838,7 @@ def in_two_processes(rank, folder, port, pairs, expected, arguments):
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-10)
     dist.destroy_process_group()
-
-    (*settings, out), evaluate = arguments, T.evaluate
-    if rank == 0:  # is stopped once it has validated
-
-        def evaluate_and_stop(*args):
-            signal.raise_signal(signal.SIGTERM)
-            return evaluate(*args)
-
-        T.evaluate = evaluate_and_stop
-    assert run_main(*settings, "--out", out / "stopped") == 143
-    T.evaluate = evaluate
-    assert not dist.is_initialized()
-    os.environ["MASTER_PORT"] = str(port + 1)
-    if rank == 1:  # as if its disk were another
-        (out / "elsewhere").mkdir()
-    folders = ("stopped", "elsewhere")
-    assert run_main(*settings, "--resume", "--out", out / folders[rank]) == 1
-    dist.destroy_process_group()
+    assert "pt_gloo_runloop\n" not in threads  # at Python's exit, it could abort the process
 
 
 def in_the_second(index, *arguments):
@@ -894,12 +896,14 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
 def test_after_a_restart_no_address_of_a_dead_process_is_found(monkeypatch):
     server, stores = dist.TCPStore("localhost", 0, is_master=True), []  # that of torchrun
     monkeypatch.setattr(dist, "init_process_group", lambda store, **_: stores.append(store))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     names = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "GROUP_WORLD_SIZE": "1"}
     names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0", "WORLD_SIZE": "1"}
     for restarts in ("0", "0", "1"):
         for name, value in (names | {"TORCHELASTIC_RESTART_COUNT": restarts}).items():
             monkeypatch.setenv(name, value)
-        processes.join_processes(torch.device("cpu"))
+        with processes.joined_processes(torch.device("cpu")):
+            pass
     stores[0].set("rank 1", "localhost:1")
     assert [store.check(["rank 1"]) for store in stores] == [True, True, False]
 
