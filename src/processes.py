@@ -5,10 +5,12 @@ import datetime
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,27 @@ import torch.distributed.nn  # imported later, it would keep the process group a
 from filelock import FileLock, Timeout
 
 Result = TypeVar("Result")
+
+
+def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """Return a part of torchrun's store in which only processes of this start can write.
+
+    torchrun keeps its store when it starts processes again, with the addresses of the dead ones.
+    So the others ask the first one for the name of the part. Each question is new, and so its
+    answer can't be an old one.
+    """
+    if rank > 0:
+        question = uuid4().hex
+        store.set(f"question of {rank}", question)
+        name = store.get(question).decode()  # waits for the answer
+        store.set(f"{name} is known to {rank}", "")
+        return dist.PrefixStore(name, store)
+    name, others = uuid4().hex, range(1, world)
+    while not all(store.check([f"{name} is known to {other}"]) for other in others):
+        for other in others:  # the question found first may be that of a dead process
+            store.set(store.get(f"question of {other}").decode(), name)
+        time.sleep(0.1)
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager
@@ -31,9 +54,7 @@ def joined_processes(device: torch.device) -> Iterator[None]:
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
     timeout = datetime.timedelta(minutes=10)  # after that, one is lost
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # machines don't count restarts alike
-        # torchrun keeps its store: the addresses of processes that died must not be found there.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    store = own_store(store, rank, world)
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     yield
     # Ends the group's threads, too: at Python's exit, they could abort the process.

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -893,19 +894,14 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
-def test_after_a_restart_no_address_of_a_dead_process_is_found(monkeypatch):
-    server, stores = dist.TCPStore("localhost", 0, is_master=True), []  # that of torchrun
-    monkeypatch.setattr(dist, "init_process_group", lambda store, **_: stores.append(store))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    names = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "GROUP_WORLD_SIZE": "1"}
-    names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0", "WORLD_SIZE": "1"}
-    for restarts in ("0", "0", "1"):
-        for name, value in (names | {"TORCHELASTIC_RESTART_COUNT": restarts}).items():
-            monkeypatch.setenv(name, value)
-        with processes.joined_processes(torch.device("cpu")):
-            pass
-    stores[0].set("rank 1", "localhost:1")
-    assert [store.check(["rank 1"]) for store in stores] == [True, True, False]
+def test_after_a_restart_no_address_of_a_dead_process_is_found():
+    store = dist.HashStore()  # that of torchrun
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):
+            stores = list(pool.map(lambda rank: processes.own_store(store, rank, 3), range(3)))
+            assert [each.check(["address"]) for each in stores] == [False] * 3
+            stores[1].set("address", "")
+            assert [each.check(["address"]) for each in stores] == [True] * 3
 
 
 def under_torchrun(*arguments, options=("--standalone", "--nproc-per-node", "2")):
@@ -975,13 +971,21 @@ def test_a_process_that_is_killed_is_started_again(trained, whole_of_two, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one_with_two_processes(trained, whole_of_two, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("killed", [None, 0, 1])
+def test_two_machines_train_as_one_with_two_processes(trained, whole_of_two, tmp_path, killed):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     options = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
     options += ("--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost")
-    arguments = ("--data", trained[0], *LONG, "--out", tmp_path)
+    options += ("--max-restarts", "3")
+    arguments = ("--data", trained[0], *LONG, "--out", tmp_path, "--save-minutes", 0, "--resume")
     agents = [under_torchrun(*arguments, options=options) for _ in range(2)]
+    if killed is not None:
+        while not (tmp_path / "metrics.json").exists():  # after the first epoch
+            assert [agent.poll() for agent in agents] == [None, None]
+            time.sleep(0.1)
+        os.kill(*workers_of(agents[killed]), signal.SIGKILL)
     for agent in agents:
         _, error = agent.communicate()
         assert agent.returncode == 0, error
