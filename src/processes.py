@@ -14,18 +14,20 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the process group and its threads
+import torch.distributed.nn  # before DDP does: its functions keep a group that exists by then
 from filelock import FileLock, Timeout
 
 Result = TypeVar("Result")
+LOST = datetime.timedelta(minutes=10)  # a process that is silent for so long is lost
 
 
 def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """Return a part of torchrun's store in which only processes of this start can write.
+    """Return a section of torchrun's key-value store that only the processes of this start use.
 
-    torchrun keeps its store when it starts processes again, with the addresses of the dead ones.
-    So the others ask the first one for the name of the part. Each question is new, and so its
-    answer can't be an old one.
+    When torchrun restarts processes, it keeps the store, and the addresses of the dead ones stay in
+    it. So the first process makes up a name for a section, and the others ask it for that name.
+    Each question has a random key, so that no earlier answer is taken for this one's. Raises
+    TimeoutError if a process is lost.
     """
     if rank > 0:
         question = uuid4().hex
@@ -33,8 +35,10 @@ def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
         name = store.get(question).decode()  # waits for the answer
         store.set(f"{name} is known to {rank}", "")
         return dist.PrefixStore(name, store)
-    name, others = uuid4().hex, range(1, world)
+    name, others, end = uuid4().hex, range(1, world), time.monotonic() + LOST.total_seconds()
     while not all(store.check([f"{name} is known to {other}"]) for other in others):
+        if time.monotonic() > end:
+            raise TimeoutError("a process was lost before all had started")
         for other in others:  # the question found first may be that of a dead process
             store.set(store.get(f"question of {other}").decode(), name)
         time.sleep(0.1)
@@ -52,10 +56,12 @@ def joined_processes(device: torch.device) -> Iterator[None]:
         return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
-    timeout = datetime.timedelta(minutes=10)  # after that, one is lost
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world = next(dist.rendezvous("env://", timeout=LOST))
     store = own_store(store, rank, world)
-    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
+    # gloo sends objects, as those of by_first, even if the gradients are on GPUs.
+    backends = {"cpu": "gloo", device.type: dist.get_default_backend_for_device(device)}
+    names = ",".join(map(":".join, backends.items()))
+    dist.init_process_group(names, store=store, rank=rank, world_size=world, timeout=LOST)
     yield
     # Ends the group's threads, too: at Python's exit, they could abort the process.
     dist.destroy_process_group()
@@ -78,7 +84,7 @@ def by_first(make: Callable[[], Result]) -> Result:
     """Let the first process make something; return it, or raise its error, in all of them.
 
     The others hear once a minute that it isn't done. So they can wait for hours, and yet notice
-    soon if the first process or its machine is lost.
+    within ten minutes if the first process or its machine is lost.
     """
     if not dist.is_initialized():
         return make()
@@ -87,7 +93,7 @@ def by_first(make: Callable[[], Result]) -> Result:
     def work() -> None:
         try:
             made.append(make())
-        except Exception as error:
+        except BaseException as error:  # the others must hear of every one
             made.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -100,7 +106,7 @@ def by_first(make: Callable[[], Result]) -> Result:
         dist.broadcast_object_list(news)
         if news[0]:
             break
-    if isinstance(news[0][0], Exception):
+    if isinstance(news[0][0], BaseException):
         raise news[0][0]
     return news[0][0]
 
@@ -108,22 +114,27 @@ def by_first(make: Callable[[], Result]) -> Result:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Refuse a folder that another run uses; the lock dies with the first process."""
-    if rank_and_world()[0] > 0:
-        yield
-        return
+    lock = FileLock(folder / "lock", thread_local=False)  # by_first may work in a thread
+
+    def acquire() -> None:
+        lock.acquire(timeout=0)
+
     try:
-        lock = FileLock(folder / "lock").acquire(timeout=0)
+        by_first(acquire)
     except Timeout:
         raise OSError(f"another run is using {folder}") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def catching_signals() -> Iterator[list[int]]:
-    """Collect signals to stop, so that no step is left half done; a second one ends at once.
+    """Collect signals to stop, so that no step is left half done.
 
     These are Ctrl-C, SIGTERM, and SIGHUP, which a terminal sends as it closes; nohup ignores that.
+    A second one ends a process at once, unless it is one of several.
     """
     signals: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -136,7 +147,7 @@ def catching_signals() -> Iterator[list[int]]:
 
     def catch(number: int, frame: object) -> None:
         signals.append(number)
-        if not dist.is_initialized():  # torchrun sends its processes a second one by itself
+        if not dist.is_initialized():  # else one may come from the scheduler and one from torchrun
             restore()
 
     old = {number: signal.signal(number, catch) for number in numbers}

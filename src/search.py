@@ -32,7 +32,7 @@ def beam_search(
 
     Keeps the `beam` likeliest unfinished targets of each source, and the best finished one by
     log P / ((5 + length) / 6)^alpha, equation 14 of Wu et al. 2016 (arXiv 1609.08144). A target has
-    at most twice as many tokens as its source, plus 20; if none is finished, one cut there counts.
+    at most twice as many tokens as its source, plus 20; if none is finished, the likeliest counts.
     """
     B, device = len(source), source.device
     limit = (2 * (source != PAD).sum(dim=1) + 20).clamp(max=MAX_LENGTH)  # (B,)
@@ -72,7 +72,7 @@ def beam_search(
                 break
             for W in own if use_cache and beam > 1 else ():
                 kept[W] = kept[W][rows]  # those of the memory are the same for a whole beam
-            memory = memory[:, :0] if use_cache else memory
+            memory = memory[:, :0] if use_cache else memory  # its keys and values are kept
     return [[i for i in ids if i != PAD] for ids in found.tolist()]
 
 

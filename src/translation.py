@@ -340,9 +340,8 @@ def fit(
             now = time.monotonic()
             progress.seconds += now - clock
             clock = now
-            if first and stop:
-                save_checkpoint(out / "checkpoint.pt", run)
             if stop:
+                by_first(lambda: save_checkpoint(out / "checkpoint.pt", run))
                 return
             if first and now - saved > 60 * minutes:
                 with going_on():

@@ -827,6 +827,8 @@ def in_two_processes(rank, folder, port, pairs, expected, arguments):
     dist.init_process_group("gloo", f"file://{folder}/store", minute, world_size=2, rank=rank)
     assert processes.gather(rank) == [0, 1]
     assert processes.by_first(lambda: 7 - rank) == 7
+    with pytest.raises(SystemExit):  # which isn't an Exception
+        processes.by_first(sys.exit)
     for (few, dropout, part_tokens), (loss, gradients) in expected.items():
         model = make(dropout=dropout)
         optimizer = torch.optim.SGD(model.parameters())
@@ -902,6 +904,14 @@ def test_after_a_restart_no_address_of_a_dead_process_is_found():
             assert [each.check(["address"]) for each in stores] == [False] * 3
             stores[1].set("address", "")
             assert [each.check(["address"]) for each in stores] == [True] * 3
+
+
+def test_the_first_process_does_not_wait_forever_for_a_dead_one(monkeypatch):
+    monkeypatch.setattr(processes, "LOST", datetime.timedelta(seconds=0.2))
+    store = dist.HashStore()
+    store.set("question of 1", "asked before it died")
+    with pytest.raises(TimeoutError, match="a process was lost"):
+        processes.own_store(store, 0, 2)
 
 
 def under_torchrun(*arguments, options=("--standalone", "--nproc-per-node", "2")):
