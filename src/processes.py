@@ -34,14 +34,14 @@ def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
         store.set(f"question of {rank}", question)
         name = store.get(question).decode()  # waits for the answer
         store.set(f"{name} is known to {rank}", "")
-        return dist.PrefixStore(name, store)
-    name, others, end = uuid4().hex, range(1, world), time.monotonic() + LOST.total_seconds()
-    while not all(store.check([f"{name} is known to {other}"]) for other in others):
-        if time.monotonic() > end:
-            raise TimeoutError("a process was lost before all had started")
-        for other in others:  # the question found first may be that of a dead process
-            store.set(store.get(f"question of {other}").decode(), name)
-        time.sleep(0.1)
+    else:
+        name, end = uuid4().hex, time.monotonic() + LOST.total_seconds()
+        while not all(store.check([f"{name} is known to {other}"]) for other in range(1, world)):
+            if time.monotonic() > end:
+                raise TimeoutError("a process was lost before all had started")
+            for other in range(1, world):  # the question may still be that of a dead process
+                store.set(store.get(f"question of {other}").decode(), name)
+            time.sleep(0.1)
     return dist.PrefixStore(name, store)
 
 
@@ -58,7 +58,7 @@ def joined_processes(device: torch.device) -> Iterator[None]:
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
     store, rank, world = next(dist.rendezvous("env://", timeout=LOST))
     store = own_store(store, rank, world)
-    # gloo sends objects, as those of by_first, even if the gradients are on GPUs.
+    # gloo sends objects, such as those of by_first, even if the gradients are on GPUs.
     backends = {"cpu": "gloo", device.type: dist.get_default_backend_for_device(device)}
     names = ",".join(map(":".join, backends.items()))
     dist.init_process_group(names, store=store, rank=rank, world_size=world, timeout=LOST)
