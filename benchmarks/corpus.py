@@ -25,8 +25,8 @@ from random import Random
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-corpus = importlib.import_module("corpus")
-phrases = importlib.import_module("phrases")
+corpus = importlib.import_module("inputs.pairs")
+phrases = importlib.import_module("inputs.phrases")
 script = importlib.import_module("translation")
 
 PAIRS = (29_000, 290_000)

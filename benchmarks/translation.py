@@ -27,8 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 attention = importlib.import_module("attention")
-network = importlib.import_module("network")
-search = importlib.import_module("search")
+search = importlib.import_module("decoding.search")
 script = importlib.import_module("translation")
 
 ROUNDS = 3
@@ -137,9 +136,9 @@ def operations(work: Callable[[], object]) -> int:
 
 
 def compare(limit: float, device: str) -> nn.Module:
-    """Measure an epoch of training, print a line, and return the network."""
+    """Measure an epoch of training, print a line, and return the script."""
     torch.manual_seed(0)
-    ours = network.PreNormTransformer(SETTINGS.vocab_size, SETTINGS).to(device)
+    ours = script.PreNormTransformer(SETTINGS.vocab_size, SETTINGS).to(device)
     works, corpus = [], draw_corpus(SENTENCES, WORDS, device)
     for model in (PyTorchs(ours, SETTINGS), ours):
         parameters = [p for p in model.parameters() if p.requires_grad]

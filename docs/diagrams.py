@@ -26,7 +26,7 @@ from drawing import COLORS, WIDTH, Drawing, Point, column, number, scale
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 attention = importlib.import_module("attention")
-clothes = importlib.import_module("clothes")
+clothes = importlib.import_module("inputs.clothes")
 fashion = importlib.import_module("fashion-mnist")
 transformer = importlib.import_module("transformer")
 

@@ -18,15 +18,13 @@ with app.setup:
     import marimo as mo
     import torch
 
-    import pictures
-    import switches
-    import trained
     from attention import SENTENCE, positional_encoding
-    from dates import sample_dates, split_days
-    from pictures import heat, number, plot, side_by_side
+    from explorer import pictures, switches, trained
+    from explorer.pictures import heat, number, plot, side_by_side
+    from inputs.dates import sample_dates, split_days
+    from inputs.text import BOS
     from transformer import (
         BATCHES,
-        BOS,
         WARMUP,
         Sizes,
         Transformer,

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-from clothes import CLASSES, SAMPLE, Split, find_data
-from photo import open_photo, prepare, show_image
+from inputs.clothes import CLASSES, SAMPLE, Split, find_data
+from inputs.photo import open_photo, prepare, show_image
 
 OUT = Path(__file__).resolve().parent.parent / "runs/fashion-mnist"
 SAMPLE_NOTE = " (one sixth of the data; go online or pass --data for all of it)"

@@ -3,7 +3,8 @@
 
 Run `poetry run src/practice.py` for the list. `start mask` copies the scripts to practice/ without
 one function; `check` tests your copy, `check --watch` does so at each save; `hint` and
-`solution` help. The exercises, and the mistakes to hunt (`start bug-1`), are in exercises.toml.
+`solution` help. The exercises, and the mistakes to hunt (`start bug-1`), are in
+exercises/exercises.toml.
 """
 
 import argparse
@@ -14,9 +15,9 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from copies import PRACTICE, State, keep, read, read_state, refresh, write, write_state
-from holes import SOURCES, Task, carry, find_hole, function_lines, prepare, read_tasks
-from judge import Case, judge, warm_up, warm_up_optimizers
+from exercises.copies import PRACTICE, State, keep, read, read_state, refresh, write, write_state
+from exercises.holes import SOURCES, Task, carry, find_hole, function_lines, prepare, read_tasks
+from exercises.judge import Case, judge, warm_up, warm_up_optimizers
 
 ROOT = SOURCES.parent
 COLORS = {"✓": 32, "✗": 31, "→": 33}
@@ -68,7 +69,7 @@ def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
     started = [tasks[name] for name in state.started if tasks[name].script == task.script]
     others = {other.function for other in started} - {task.function}
     watched = task.function if task.alone else ""
-    case = Case(PRACTICE / task.script, watched, task.tests, tuple(sorted(others)))
+    case = Case(PRACTICE / task.script, task.script, watched, task.tests, tuple(sorted(others)))
     warm_up(case)
     passed, lines = judge(case)
     if passed:

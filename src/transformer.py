@@ -27,12 +27,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from attention import MultiHeadAttention, causal_mask, draw_heads, padding_mask, positional_encoding
-from cache import cached
-from dates import Pair, evaluate, sample_dates, show_test, split_days
+from decoding.cache import cached
+from inputs.dates import Pair, evaluate, sample_dates, show_test, split_days
+from inputs.text import BOS, EOS, MAX_LENGTH, PAD
 
 OUT = Path(__file__).resolve().parent.parent / "runs/transformer"
-PAD, BOS, EOS, UNKNOWN = range(4)  # padding, beginning and end of a sequence, any other character
-MAX_LENGTH = 256  # tokens in a sequence, with its end
+UNKNOWN = 3  # the token of a character that the vocabulary lacks
 BATCHES, BATCH_SIZE, WARMUP = 625, 64, 400  # in an epoch; dates; steps
 EXAMPLE = ("12 de octubre de 1968", "1968-10-12")  # to draw
 

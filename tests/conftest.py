@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-import clothes
 from attention import causal_mask
-from corpus import Corpus, make_tokenizer
-from network import PreNormTransformer, Settings
-from transformer import PAD, DecoderLayer, Sizes, Transformer
+from inputs import clothes
+from inputs.pairs import Corpus
+from inputs.text import PAD, make_tokenizer
+from transformer import DecoderLayer, Sizes, Transformer
+from translation import PreNormTransformer, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as many tests run at once as there are cores

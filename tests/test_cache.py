@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 import transformer as T
 from attention import padding_mask
-from cache import cached
 from conftest import draw, make
+from decoding.cache import cached
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

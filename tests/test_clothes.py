@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import clothes
 from conftest import idx
+from inputs import clothes
 
 
 def test_the_sample_is_stratified():

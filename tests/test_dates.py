@@ -3,7 +3,7 @@ import unicodedata
 from collections import Counter
 from random import Random
 
-import dates
+from inputs import dates
 
 
 def test_no_day_is_in_two_splits():

@@ -18,6 +18,7 @@ from torch import nn
 
 import diagrams
 import drawing
+from inputs import text
 
 ROOT = Path(__file__).resolve().parent.parent
 attention, transformer = diagrams.attention, diagrams.transformer
@@ -322,7 +323,7 @@ def test_teacher_forcing_shows_the_target_shifted():
     pair = (diagrams.TEXT, diagrams.ISO)
     vocabulary = transformer.make_vocabulary([pair])
     characters = {i: c for c, i in vocabulary.items()}
-    characters |= {transformer.BOS: "<s>", transformer.EOS: "end"}
+    characters |= {text.BOS: "<s>", text.EOS: "end"}
     _, target = transformer.make_batch([pair], vocabulary)
     shown = [line for line in texts("teacher-forcing") if len(line) == 1 or line == "<s>"]
     shown = [line for line in shown if line != "…"]
@@ -344,7 +345,7 @@ def test_writing_shows_what_generate_feeds_and_gets(monkeypatch):
     assert transformer.generate(model, source) == [answer[:-1].tolist()]
     assert [S > 0 for _, _, S in fed] == [True] + [False] * (len(fed) - 1)
     characters = {i: c for c, i in vocabulary.items()}
-    characters |= {transformer.BOS: "<s>", transformer.EOS: "end"}
+    characters |= {text.BOS: "<s>", text.EOS: "end"}
     lines = texts("writing")
     for step in (1, 2, 3, 4, len(fed)):
         start, ((token,),), _ = fed[step - 1]
@@ -357,7 +358,7 @@ def test_writing_shows_what_generate_feeds_and_gets(monkeypatch):
 @pytest.mark.parametrize(("width", "found"), [(1, 0), (2, 1)])
 def test_beam_shows_what_beam_search_finds(width, found):
     """A network that knows the diagram's table, and ends after two words."""
-    search = importlib.import_module("search")
+    search = importlib.import_module("decoding.search")
     words = ["", "", "", "a", "the", "one", "dog", "cat", "bird"]
     end = [float(i == search.EOS) for i in range(len(words))]
 

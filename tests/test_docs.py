@@ -21,7 +21,7 @@ PAGES = {
     )
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "src").glob("*.py")}
+SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -220,8 +220,8 @@ def test_transformer_prints_lines_of_its_chapters_kind(capsys, tmp_path, monkeyp
     table = next(b for b in blocks(chapter(4), "") if "epoch  training" in b)
     transformer = importlib.import_module("transformer")
     monkeypatch.setattr(transformer, "BATCHES", 2)
-    monkeypatch.setattr("dates.TEST_DAYS", 52)
-    monkeypatch.setattr("dates.VALIDATION_DAYS", 10)
+    monkeypatch.setattr("inputs.dates.TEST_DAYS", 52)
+    monkeypatch.setattr("inputs.dates.VALIDATION_DAYS", 10)
     transformer.main(["--device", "cpu", "--out", str(tmp_path), "--epochs", "1"])
     printed = {skeleton(line) for line in capsys.readouterr().out.splitlines()}
     wanted = table.partition("Test: ")[0].splitlines()

@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 
 import attention
-import pictures
-import switches
-import trained
 import transformer
-from dates import sample_dates, split_days
+from explorer import pictures, switches, trained
+from inputs.dates import sample_dates, split_days
 
 pytest.importorskip("marimo")
 psutil = pytest.importorskip("psutil")  # which marimo brings

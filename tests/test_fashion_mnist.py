@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR
 
-from clothes import load
 from conftest import idx
+from inputs.clothes import load
 
 fashion = importlib.import_module("fashion-mnist")
 

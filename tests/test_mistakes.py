@@ -6,6 +6,7 @@ import re
 import runpy
 import tomllib
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -15,17 +16,18 @@ from torch import nn
 
 import attention
 import changes
-import corpus
-import search
 import transformer
 import translation
 from conftest import ROOT, SMALL, corpus_of, draw, make, save_text
-from phrases import sample_pairs
+from decoding import search
+from inputs import pairs as corpus
+from inputs.phrases import sample_pairs
+from inputs.text import PAD
 from test_search import score_of
 from test_translation import random_pairs
-from transformer import PAD, Sizes, Transformer
+from transformer import Sizes, Transformer
 
-BUGS = tomllib.loads((ROOT / "src/exercises.toml").read_text(encoding="utf-8"))["bug"]
+BUGS = tomllib.loads((ROOT / "src/exercises/exercises.toml").read_text(encoding="utf-8"))["bug"]
 PAGES = [f"{name}.md" for name in ("1-hello", "2-fashion-mnist", "3-attention", "4-transformer")]
 PAGES.append("5-translation.md")
 
@@ -88,7 +90,7 @@ def changed(tmp_path):
     def run(script, old, new):
         text = source(script)
         assert text.count(old) == 1
-        path = tmp_path / script
+        path = tmp_path / Path(script).name
         path.write_text(text.replace(old, new), encoding="utf-8")
         return runpy.run_path(str(path), run_name="changed")
 
@@ -447,7 +449,7 @@ def test_a_beam_that_drops_finished_translations_ends_with_worse_ones(changed):
     old = "better = (ended > best) & (length <= limit)\n"
     highest = "total[..., 3:].flatten(1).amax(dim=1) / penalty[length]"
     new = old.replace("\n", f" & (ended >= {highest})\n")
-    wrong, worse = changed("search.py", old, new)["beam_search"], 0
+    wrong, worse = changed("decoding/search.py", old, new)["beam_search"], 0
     for seed in range(8):
         torch.manual_seed(seed)
         model = Transformer(9, Sizes(8, 2, 1, 8)).double().eval()
@@ -463,7 +465,7 @@ def test_a_beam_that_drops_finished_translations_ends_with_worse_ones(changed):
 @makes("5-translation.md", "pairs")
 def test_pairs_at_random_fill_a_batch_with_padding(changed, tmp_path, seen):
     old = "order = (lengths.amax(dim=1) + random).argsort(stable=True)"
-    wrong = changed("corpus.py", old, "order = random.argsort()")["make_batches"]
+    wrong = changed("inputs/pairs.py", old, "order = random.argsort()")["make_batches"]
     languages = ("de", "en")
     pairs = [*islice(sample_pairs(languages, "train"), 4000)]
     save_text(tmp_path, {"train": pairs, "val": pairs[:9]})

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from clothes import DEBIAN, SAMPLE, load
-from photo import open_photo, prepare
+from inputs.clothes import DEBIAN, SAMPLE, load
+from inputs.photo import open_photo, prepare
 
 fashion = importlib.import_module("fashion-mnist")
 

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-import phrases as P
+import inputs.phrases as P
 
 BOTH = ("de", "en")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures as P
-from switches import Branch, attend
+import explorer.pictures as P
+from explorer.switches import Branch, attend
 
 
 def cells(table):

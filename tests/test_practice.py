@@ -1,6 +1,7 @@
 import ast
 import os
 import re
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -8,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import copies
-import holes
-import judge
 import practice
+from exercises import copies, holes, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = holes.read_tasks()
@@ -25,8 +24,9 @@ def reference(task):
 def verdict(task, source, folder):
     """Judge a source as if it were the copy of a person."""
     path = folder / task.script
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(source.encode())
-    case = judge.Case(path, task.function if task.alone else "", task.tests)
+    case = judge.Case(path, task.script, task.function if task.alone else "", task.tests)
     judge.warm_up(case)
     return judge.judge(case)
 
@@ -84,7 +84,7 @@ def test_a_task_keeps_every_other_byte_and_the_syntax(task):
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_a_task_is_judged_by_tests_that_there_are(task):
-    case = judge.Case(ROOT / "practice" / task.script, task.function, task.tests)
+    case = judge.Case(ROOT / "practice" / task.script, task.script, task.function, task.tests)
     tests = case.test_file.read_text(encoding="utf-8")
     assert all(re.search(rf"^def {test}\(", tests, re.MULTILINE) for test in task.tests)
     assert len(task.hints) >= 2
@@ -93,9 +93,11 @@ def test_a_task_is_judged_by_tests_that_there_are(task):
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_a_script_with_a_hole_imports_and_prints_its_help(task, tmp_path, monkeypatch, capsys):
-    (tmp_path / task.script).write_bytes(holes.prepare(reference(task), task).encode())
+    path = tmp_path / task.script
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(holes.prepare(reference(task), task).encode())
     monkeypatch.setitem(sys.modules, "with a hole", None)
-    module = judge.load("with a hole", tmp_path / task.script)
+    module = judge.load("with a hole", path, task.script)
     if hasattr(module, "main"):
         with pytest.raises(SystemExit) as stop:
             module.main(["--help"])
@@ -222,9 +224,7 @@ def test_results_differ_in_words(given, wanted, expected):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A repository of copies, so that nothing of the real one changes."""
-    (tmp_path / "src").mkdir()
-    for path in (ROOT / "src").glob("*.py"):
-        (tmp_path / "src" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "src", tmp_path / "src")
     for module in (copies, practice):
         monkeypatch.setattr(module, "SOURCES", tmp_path / "src")
         monkeypatch.setattr(module, "PRACTICE", tmp_path / "practice")
@@ -447,9 +447,10 @@ def test_a_copy_that_does_not_parse_or_lacks_the_function_is_said(run, place):
 
 def test_what_the_scripts_import_is_copied_too(run, place):
     run("start", "mask")
-    copied = {path.name for path in (place / "practice").glob("*.py")}
-    assert {"attention.py", "transformer.py", "cache.py", "dates.py", "photo.py"} <= copied
-    assert not {"practice.py", "judge.py", "explore.py"} & copied
+    practice = place / "practice"
+    copied = {path.relative_to(practice).as_posix() for path in practice.rglob("*.py")}
+    assert {"attention.py", "transformer.py", "decoding/cache.py", "inputs/__init__.py"} <= copied
+    assert not {"practice.py", "exercises/judge.py", "explore.py"} & copied
     for path in (place / "practice").glob("*.py"):
         assert path.stat().st_mode & 0o100 or os.name == "nt"
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import search as S
+import decoding.search as S
 from conftest import SENTENCES, SMALL, draw
-from network import PreNormTransformer, make_model
-from transformer import BOS, EOS, PAD, Sizes, Transformer
+from inputs.text import BOS, EOS, PAD
+from transformer import Sizes, Transformer
+from translation import PreNormTransformer, make_model
 
 
 def learn(model, pairs, steps=80):

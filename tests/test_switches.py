@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import attention
-import switches as S
+import explorer.switches as S
 import transformer
-from dates import evaluate, sample_dates, split_days
-from search import beam_search
+from decoding.search import beam_search
+from inputs.dates import evaluate, sample_dates, split_days
 
 WORDS = ["the", "cat", "sees", "the", "dog"]
 PAIRS = sample_dates(split_days()[2][:20], Random(2))

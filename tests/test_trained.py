@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 import attention
-import trained
 import transformer
+from explorer import trained
+from inputs.text import EOS, PAD
 
 
 @pytest.mark.parametrize("sentence", ["", "  ", "a " * 11])
@@ -23,13 +24,13 @@ def test_words_are_cut_and_composed():
 
 def test_a_date_becomes_tokens_with_padding():
     source, problem = trained.encode_date("1.2.", {"1": 4, "2": 5, ".": 6})
-    assert source.tolist() == [[4, 6, 5, 6, transformer.EOS] + 4 * [transformer.PAD]]
+    assert source.tolist() == [[4, 6, 5, 6, EOS] + 4 * [PAD]]
     assert problem == ""
 
 
 def test_a_date_in_an_unknown_script_is_read_with_a_warning():
     source, problem = trained.encode_date("1⸘‽", {"1": 4})
-    assert source[0, :4].tolist() == [4, transformer.UNKNOWN, transformer.UNKNOWN, transformer.EOS]
+    assert source[0, :4].tolist() == [4, transformer.UNKNOWN, transformer.UNKNOWN, EOS]
     assert problem == "The network has never seen ‽ ⸘ before."
 
 
@@ -40,7 +41,7 @@ def test_a_date_must_have_a_length(text):
 
 
 def test_no_date_of_the_languages_is_longer():
-    dates = importlib.import_module("dates")
+    dates = importlib.import_module("inputs.dates")
     days = range(0, dates.DAYS, 20)
     texts = [text for text, _ in dates.sample_dates(days, dates.Random(0))]
     assert max(map(len, texts)) <= trained.LONGEST

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import conftest
-import dates
 import transformer as T
 from attention import causal_mask, padding_mask
+from inputs import dates
 
 SMALL = T.Sizes(d_model=16, num_heads=2, num_layers=2, d_ff=24, dropout=0.0)
 BASE = T.Sizes(d_model=512, num_heads=8, num_layers=6, d_ff=2048, dropout=0.1)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent
+SOURCES = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Task:
     """A function to write or a mistake to find: a table of exercises.toml."""
 
     name: str
-    script: str
+    script: str  # its path in src/, or in practice/
     function: str  # its qualified name
     tests: list[str]  # of the script's tests, those that judge it
     hints: list[str]  # the next-to-last one of an exercise is the formula
@@ -35,7 +35,7 @@ class Task:
 
 def read_tasks() -> dict[str, Task]:
     """Return the exercises in their order, then the mistakes, bug-1, bug-2 and so on, by name."""
-    tables = tomllib.loads((SOURCES / "exercises.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(Path(__file__).with_name("exercises.toml").read_text(encoding="utf-8"))
     exercises = [Task(**table) for table in tables["exercise"]]
     bugs = [Task(name=f"bug-{n}", **table) for n, table in enumerate(tables["bug"], start=1)]
     return {task.name: task for task in exercises + bugs}
@@ -50,6 +50,15 @@ def find(node: ast.AST, name: str) -> ast.FunctionDef:
     if not isinstance(node, ast.FunctionDef):
         raise LookupError(f"there is no function {name}")
     return node
+
+
+def has(source: str, name: str) -> bool:
+    """Return whether a source has a function with this qualified name."""
+    try:
+        find(ast.parse(source), name)
+    except LookupError:
+        return False
+    return True
 
 
 def find_hole(source: str, task: Task) -> tuple[int, str]:
@@ -107,10 +116,10 @@ def carry(functions: Iterable[str], source: str, target: str) -> str:
     return target
 
 
-def mend(path: Path, functions: Iterable[str]) -> ast.Module:
+def mend(path: Path, script: str, functions: Iterable[str]) -> ast.Module:
     """Parse the copy of a script, with the bodies of some functions as they stand in the script."""
     tree = ast.parse(path.read_bytes(), str(path))
-    other = ast.parse((SOURCES / path.name).read_bytes())
+    other = ast.parse((SOURCES / script).read_bytes())
     for name in functions:
         find(tree, name).body = find(other, name).body
     return tree

@@ -24,9 +24,10 @@ from attention import (
     sample_sequences,
     scaled_dot_product_attention,
 )
-from dates import Pair, evaluate
-from search import beam_search
-from transformer import BOS, EOS, PAD, Transformer, encode
+from decoding.search import beam_search
+from inputs.dates import Pair, evaluate
+from inputs.text import BOS, EOS, PAD
+from transformer import Transformer, encode
 
 RIGHT_MASKS = ("none", "causal", "padding: the last word")
 WRONG_MASKS = ("causal, True and False swapped", "causal, added as 1 and 0")

@@ -19,7 +19,7 @@ CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RAW = ROOT / "data/FashionMNIST/raw"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = ROOT / "data/fashion-mnist-sample"

@@ -7,6 +7,7 @@ translation.py uses it. It keeps several unfinished translations of each sentenc
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import padding_mask
-from cache import cached
-from transformer import BOS, EOS, MAX_LENGTH, PAD, Transformer
+from decoding.cache import cached
+from inputs.text import BOS, EOS, MAX_LENGTH, PAD
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -26,7 +27,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 @torch.inference_mode()
 def beam_search(
-    model: Transformer, source: Tensor, beam: int, alpha: float = 1.2, use_cache: bool = True
+    model: Any, source: Tensor, beam: int, alpha: float = 1.2, use_cache: bool = True
 ) -> list[list[int]]:
     """Search for the likeliest target of each source (B, S); return their tokens without EOS.
 
@@ -77,7 +78,7 @@ def beam_search(
 
 
 def translate(
-    model: Transformer, tokenizer: Tokenizer, lines: Sequence[str], beam: int
+    model: Any, tokenizer: Tokenizer, lines: Sequence[str], beam: int
 ) -> list[str | None]:
     """Translate lines; an empty one stays empty, and one that is too long becomes None."""
     ids = [[*encoding.ids, EOS] for encoding in tokenizer.encode_batch_fast([*lines])]

@@ -7,14 +7,25 @@ another name before anything in it is replaced.
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from holes import SOURCES, Task, carry
+from exercises.holes import SOURCES, Task, carry, has
 
 PRACTICE = SOURCES.parent / "practice"
+ROOMS = ("inputs", "decoding", "running")
+FORMERLY = {  # where the functions of a script stood before there were rooms
+    "decoding/cache.py": ["cache.py"],
+    "decoding/search.py": ["search.py"],
+    "inputs/clothes.py": ["clothes.py"],
+    "inputs/dates.py": ["dates.py"],
+    "inputs/pairs.py": ["corpus.py"],
+    "inputs/phrases.py": ["phrases.py"],
+    "inputs/photo.py": ["photo.py"],
+    "running/processes.py": ["processes.py"],
+    "translation.py": ["translation.py", "network.py"],
+}
 
 
 @dataclass
@@ -40,13 +51,15 @@ def read(path: Path) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o755)  # executable, like the scripts
+        if path.suffix == ".py" and path.parent == PRACTICE:
+            temporary.chmod(0o755)  # executable, like the lessons
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -76,30 +89,58 @@ def keep(path: Path) -> Path:
 
 
 def scripts(tasks: dict[str, Task]) -> list[str]:
-    """Return the scripts of the tasks, and those that they import."""
-    found = [*dict.fromkeys(task.script for task in tasks.values())]
-    for name in found:  # which grows
-        imports = re.findall(r"^(?:from|import) (\w+)", read(SOURCES / name), re.MULTILINE)
-        others = (f"{module}.py" for module in imports if (SOURCES / f"{module}.py").exists())
-        found += [other for other in dict.fromkeys(others) if other not in found]
-    return found
+    """Return the lessons of the tasks, and all files of the rooms that lessons import."""
+    lessons = dict.fromkeys(task.script for task in tasks.values() if "/" not in task.script)
+    files = [path for room in ROOMS for path in sorted((SOURCES / room).glob("*.py"))]
+    return [*lessons, *(path.relative_to(SOURCES).as_posix() for path in files)]
+
+
+def digest(path: Path) -> str:
+    """Return a digest of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def functions_of(script: str, state: State, tasks: dict[str, Task]) -> list[str]:
+    """Return the functions of a script that the learner has started."""
+    started = [tasks[name] for name in state.started if tasks[name].script == script]
+    return sorted({task.function for task in started})
+
+
+def move_in(state: State, tasks: dict[str, Task]) -> None:
+    """Carry what was written before the scripts had rooms over to the files of today."""
+    for script, places in FORMERLY.items():
+        source = read(SOURCES / script)
+        for path in (PRACTICE / place for place in places):
+            if not path.exists():
+                continue
+            copy = read(path)
+            mine = [name for name in functions_of(script, state, tasks) if has(copy, name)]
+            source = carry(mine, copy, source)
+            if digest(path) != state.hashes.pop(path.name, None):
+                kept = keep(path).name
+                print(f"What you wrote in practice/{path.name} is in practice/{script} now;")
+                print(f"the old file is kept as {kept}.\n")
+            path.unlink()
+        write(PRACTICE / script, source)
+        state.hashes[script] = digest(SOURCES / script)
 
 
 def refresh(state: State, tasks: dict[str, Task]) -> None:
     """Copy new and changed scripts to practice/, and keep the functions that the learner wrote."""
     PRACTICE.mkdir(exist_ok=True)
+    if "cache.py" in state.hashes:
+        move_in(state, tasks)
     for name in scripts(tasks):
-        path, source = PRACTICE / name, read(SOURCES / name)
-        digest, before = hashlib.sha256(source.encode()).hexdigest(), state.hashes.get(name)
-        mine = {tasks[task].function for task in state.started if tasks[task].script == name}
-        if path.exists() and digest == before:
+        path, source, now = PRACTICE / name, read(SOURCES / name), digest(SOURCES / name)
+        before = state.hashes.get(name)
+        if path.exists() and now == before:
             continue
         if not path.exists():
             state.started = [task for task in state.started if tasks[task].script != name]
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != before:
-            source = carry(sorted(mine), read(path), source)
+        elif digest(path) != before:
+            source = carry(functions_of(name, state, tasks), read(path), source)
             print(f"src/{name} has changed. practice/{name} is a new copy with your functions;")
             print(f"the old one is now {keep(path).name}.\n")
         write(path, source)
-        state.hashes[name] = digest
+        state.hashes[name] = now
     write_state(state)

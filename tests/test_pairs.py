@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus as C
+import inputs.pairs as C
 from conftest import SENTENCES, corpus_of
-from transformer import BOS, EOS, MAX_LENGTH, PAD
+from inputs.text import BOS, EOS, MAX_LENGTH, PAD, open_tokenizer
 
 BOTH = ("de", "en")
 NAMES = ("Rss", "Anonymous")  # of a mapping in /proc/self/smaps
@@ -69,26 +69,6 @@ def test_sequences_are_those_of_the_pairs_with_padding_after_them(sides):
         assert found.dtype == torch.int64
 
 
-texts = st.text() | st.text("<s>/pad\x00\x85\u2028 \t\r\née\u0301ß") | st.sampled_from(SENTENCES[0])
-
-
-@settings(deadline=None, max_examples=100)
-@given(text=texts)
-def test_any_text_comes_back_as_it_was(words, text):
-    ids = words.encode(text).ids
-    assert words.decode(ids) == text
-    assert all(EOS < i < words.get_vocab_size() for i in ids)
-
-
-def test_words_are_learned_but_not_across_spaces_and_digits_stay_alone():
-    sentences = [text for pair in SENTENCES for text in pair] + ["am 12.12.2012"] * 50
-    words = C.make_tokenizer(sentences, 320)
-    assert words.get_vocab_size() <= 320
-    assert len(words.encode(SENTENCES[0][0]).ids) <= len(SENTENCES[0][0]) / 2
-    assert all(" " not in words.decode([i])[1:] for i in range(words.get_vocab_size()))
-    assert [words.decode([i]) for i in words.encode("2012").ids] == list("2012")
-
-
 def encoded(tokenizer, pairs, folder):
     C.encode(tokenizer, pairs, folder / "some", len(pairs))
     return C.open_corpus(folder / "some")
@@ -118,25 +98,6 @@ def test_pairs_with_a_side_that_is_empty_or_too_long_are_left_out(words, tmp_pat
     assert len(corpus.lengths) == 2
 
 
-def test_a_line_without_an_end_is_cut_as_it_is_read(tmp_path):
-    long = "ü" * 100_000
-    (tmp_path / "a").write_text(f"one\n{long}\ntwo\n{long}", encoding="utf-8")
-    one, cut, two, last = C.read_lines(tmp_path / "a")
-    assert (one, two) == ("one", "two")
-    for line in (cut, last):
-        assert C.LONGEST <= len(line) < 5 * C.LONGEST
-        assert not C.usable((line, "a"))
-
-
-def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "a").write_bytes("one\x0b\x1c\u2028 still\n\ntwo".encode())
-    assert [*C.read_lines(tmp_path / "a")] == ["one\x0b\x1c\u2028 still", "", "two"]
-    assert C.examine(tmp_path / "a")[0] == 3
-    (tmp_path / "b").write_bytes(b"\xef\xbb\xbffrom\r\nWindows\r\n")
-    assert [*C.read_lines(tmp_path / "b")] == ["from", "Windows"]
-    assert C.examine(tmp_path / "b")[0] == 2
-
-
 # A folder
 
 
@@ -151,7 +112,7 @@ def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(text_fo
     assert {p.name for p in path.iterdir()} == {
         "tokenizer.json", "train.tokens", "train.offsets", "val.tokens", "val.offsets",
     }  # fmt: skip
-    tokenizer = C.open_tokenizer((path / "tokenizer.json").read_text())
+    tokenizer = open_tokenizer((path / "tokenizer.json").read_text())
     corpus = C.open_corpus(path / "val")
     ids = corpus.sequences(torch.tensor([1]), 0)[0, :-1].tolist()
     assert tokenizer.decode(ids) == SENTENCES[1][0]
@@ -277,13 +238,3 @@ def test_pairs_are_read_until_one_side_ends_before_the_other(text_folder):
     (text_folder / "val.de").write_text("one\n")
     with pytest.raises(OSError, match=r"val\.de and val\.en have different numbers of lines"):
         [*C.read_pairs(text_folder, "val", BOTH)]
-
-
-def test_a_file_that_grows_without_end_when_unpacked_takes_no_memory(tmp_path):
-    """As a line of zeros does; reading it stops when it is asked to."""
-    with gzip.open(tmp_path / "a.gz", "wb", compresslevel=1) as file:
-        for _ in range(64):
-            file.write(bytes(1 << 20))
-    (line,) = C.read_lines(tmp_path / "a")
-    assert len(line) < 5 * C.LONGEST
-    assert C.examine(tmp_path / "a")[0] == 1

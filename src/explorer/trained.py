@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import attention
 import transformer
-from dates import sample_dates, split_days
-from photo import open_photo, prepare
+from inputs.dates import sample_dates, split_days
+from inputs.photo import open_photo, prepare
+from inputs.text import PAD
 
 PAIR_STEPS, DATE_EPOCHS = 500, 2  # as in attention.py; two thirds of transformer.py's
 DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
@@ -138,5 +139,5 @@ def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, s
         return None, f"Write a date of 1 to {LONGEST} characters; these are {len(text.strip())}."
     text = text.strip()
     unknown = " ".join(sorted(set(text) - set(vocabulary)))
-    tokens = transformer.encode(text, vocabulary).tolist() + [transformer.PAD] * PADS
+    tokens = transformer.encode(text, vocabulary).tolist() + [PAD] * PADS
     return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from holes import SOURCES, mend
+from exercises.holes import SOURCES, mend
 
 ROOT = SOURCES.parent
 FORK = sys.platform == "linux"  # elsewhere the libraries do not all survive it
@@ -36,7 +36,8 @@ WATCHED_CALLS = 30  # of a test
 class Case(NamedTuple):
     """A function to judge: in the copy of a script, with some of the script's tests."""
 
-    path: Path  # of the copy; the script in src/ has the same name
+    path: Path  # of the copy
+    script: str  # that it is a copy of, by its path in src/
     function: str  # its qualified name; empty if comparing calls is useless
     tests: list[str]
     others: tuple[str, ...] = ()  # functions that aren't judged; the reference's are used instead
@@ -45,6 +46,11 @@ class Case(NamedTuple):
     def test_file(self) -> Path:
         """The file of the script's tests."""
         return ROOT / f"tests/test_{self.path.stem.replace('-', '_')}.py"
+
+    @property
+    def module(self) -> str:
+        """The name by which the tests import the script."""
+        return self.script.removesuffix(".py").replace("/", ".")
 
 
 class Verdict(NamedTuple):
@@ -111,11 +117,14 @@ class Watcher:
         return watched
 
 
-def load(name: str, path: Path, others: Iterable[str] = ()) -> ModuleType:
+def load(name: str, path: Path, script: str, others: Iterable[str] = ()) -> ModuleType:
     """Import a copy of a script as the module `name`. It looks for its data beside src/."""
     module = sys.modules[name] = ModuleType(name)
-    module.__file__ = str(SOURCES / path.name)
-    exec(compile(mend(path, others), path, "exec"), vars(module))
+    module.__file__ = str(SOURCES / script)
+    exec(compile(mend(path, script, others), path, "exec"), vars(module))
+    if "." in name:  # as an import does
+        package, _, inside = name.rpartition(".")
+        setattr(importlib.import_module(package), inside, module)
     return module
 
 
@@ -191,7 +200,7 @@ def outcome_of(function: Callable[..., Any], call: Call) -> object:
 
 def first_difference(case: Case, watcher: Watcher) -> Iterator[str]:
     """Yield the first call with a wrong result: its arguments, its result, and the right one."""
-    reference, calls = load("reference", SOURCES / case.path.name), list(watcher.calls)
+    reference, calls = load("reference", SOURCES / case.script, case.script), list(watcher.calls)
     for call in calls:
         function, _ = find(reference, case.function)
         wanted = outcome_of(function, call)
@@ -248,11 +257,12 @@ def examine(case: Case, sender: Connection) -> None:
     os.chdir(ROOT)
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
-        if file.parent in (SOURCES, ROOT / "tests") and module is not sys.modules[__name__]:
+        of_a_room = SOURCES in file.parents and file.parent != Path(__file__).parent
+        if of_a_room or file.parent == ROOT / "tests":
             del sys.modules[name]
     watcher, status = Watcher(), 1
     try:
-        module = load(case.path.stem, case.path, case.others)
+        module = load(case.module, case.path, case.script, case.others)
         if case.function.partition(".")[0] not in ("", *vars(module)):
             raise NameError(f"there is no {case.function} any more")
         with contextlib.suppress(KeyError, TypeError):  # a function inside a function

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from switches import Branch, Formula, letter
+from explorer.switches import Branch, Formula, letter
 
 BLUE, ORANGE = (42, 143, 208), (213, 94, 0)  # RGB
 STYLE = """<style>
