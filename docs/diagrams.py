@@ -3,8 +3,9 @@
 
     make docs
 
-Every number in them is computed, by the scripts of the course or in plain sight. Queries and the
-encoder are blue, keys and the decoder orange, values green.
+Every number in them is computed, by the scripts of the course or in plain sight. Pictures that hold
+no computed number are SVG files that one edits by hand. In both, queries and the encoder are blue,
+keys and the decoder orange, values green.
 """
 
 import argparse
@@ -14,24 +15,20 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from drawing import COLORS, WIDTH, Drawing, Point, column, number, scale
+from drawing import WIDTH, Drawing, Point, column, number, scale
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 attention = importlib.import_module("attention")
-clothes = importlib.import_module("inputs.clothes")
-fashion = importlib.import_module("fashion-mnist")
 transformer = importlib.import_module("transformer")
 
 MIDDLE = WIDTH // 2
-TEXT, ISO = "12 mars 2021", "2021-03-12"  # a date to read, and what the network writes
 PEOPLE = {"Zhang": "Aston", "Lipton": "Zachary", "Li": "Mu", "Smola": "Alex"}  # as in d2l.ai
 FIRST = {"a": 0.5, "the": 0.4, "one": 0.1}  # probabilities of a first word, and of a second
 SECOND = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
@@ -93,41 +90,6 @@ def gelu() -> Drawing:
     d.dot(X(at), Y(lowest), "blue")
     d.text(X(-2.1), Y(0.75), f"lowest: {number(lowest)} at {number(at)}", "blue")
     d.arrow((X(-1.5), Y(0.6)), (X(at) - 8, Y(lowest) - 9), style="blue")
-    return d
-
-
-def feed_forward() -> Drawing:
-    """Draw the network of fashion-mnist.py."""
-    d = Drawing("The network of fashion-mnist.py, from an image to ten logits", 502)
-    layers = [layer for layer in fashion.Classifier().layers if isinstance(layer, nn.Linear)]
-    sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
-    images, labels = clothes.load(clothes.SAMPLE, train=False)
-    d.cells(20, 120, 5, 5, images[0] / 255, "ink")
-    d.grid(20, 120, 140, 1, 1)
-    d.text(90, 296, "image\n28 × 28")
-    d.arrow((168, 190), (210, 190))
-    xs, heights = (225, 390, 555, 690), [300 * size / sizes[0] for size in sizes[:-1]] + [280]
-    for (left, right), (h0, h1) in zip(pairwise(xs), pairwise(heights), strict=True):
-        x0, x1 = left + 8, right - 8
-        corners = (x0, 190 - h0 / 2), (x1, 190 - h1 / 2), (x1, 190 + h1 / 2), (x0, 190 + h0 / 2)
-        d.line(*corners, style="blue area", close="Z")
-        d.text((left + right) / 2, 190, "Linear", "mono")
-    for x, h, size in zip(xs[:-1], heights[:-1], sizes[:-1], strict=True):
-        d.box(x, 190, 16, h, "", "blue tint")
-        d.text(x, 172 - h / 2, str(size), "bold")
-    for x in xs[1:-1]:
-        d.text(x, 346, "BatchNorm1d\nGELU", "mono green")
-    d.text(690, 22, f"{sizes[-1]} logits", "bold")
-    for n, name in enumerate(clothes.CLASSES):
-        d.dot(690, 64 + 28 * n, "orange" if n == labels[0] else "blue")
-        d.text(708, 64 + 28 * n, name, "start orange bold" if n == labels[0] else "start")
-    for y, part, color, does in (
-        (406, "Linear", "blue", "each output is a weighted sum of all inputs"),
-        (440, "BatchNorm1d", "green", "brings each number to mean 0, variance 1 over the batch"),
-        (474, "GELU", "green", "bends; without it, stacked layers collapse into one"),
-    ):
-        d.text(20, y, part, f"mono start {color}")
-        d.text(185, y, does, "start")
     return d
 
 
@@ -210,29 +172,6 @@ def one_word() -> Drawing:
     return d
 
 
-def split_heads() -> Drawing:
-    """Draw the way from (B, T, d_model) to (B, H, T, d_k) and back."""
-    d = Drawing("Splitting into heads and back", 532)
-    T, H, d_k, size, middle = 4, 4, 2, 22, 268
-    for x, shape in ((118, "(B, T, d_model)"), (440, "(B, H, T, d_k)"), (762, "(B, T, d_model)")):
-        d.text(x, 26, shape, "mono")
-    d.text(118, 196, "Q, K or V")
-    d.text(762, 196, "then W_o")
-    for head, color in zip(range(H), COLORS, strict=True):
-        y, first = 112 + 104 * head, head * d_k * size
-        for left, center in ((30 + first, middle), (335, y), (501, y), (674 + first, middle)):
-            d.cells(left, center - 44, size, size, torch.full((T, d_k), 0.5), color)
-            d.grid(left, center - 44, size, T, d_k)
-        d.arrow((215, middle), (326, y))
-        d.arrow((388, y), (492, y))
-        d.text(440, y - 20, f"head {head + 1}", color)
-        d.line((554, y), (632, middle))
-    d.arrow((632, middle), (665, middle))
-    d.text(20, 506, ".unflatten(-1, (H, d_k)).transpose(1, 2)", "mono start")
-    d.text(860, 506, ".transpose(1, 2).flatten(2)", "mono end")
-    return d
-
-
 def positions() -> Drawing:
     """Draw the pattern of sines and cosines, and how alike positions are."""
     d = Drawing("Positional encoding, and the dot products between positions", 514)
@@ -277,109 +216,6 @@ def masks() -> Drawing:
         d.grid(x, 79, size, T, T)
     d.text(MIDDLE, 286, "A filled cell: the query (row) may attend to the key (column).")
     d.text(MIDDLE, 314, "Tokens 4 and 5 are padding.")
-    return d
-
-
-def sublayer(d: Drawing, x: int, bottom: int, name: str, note: str, norm: str, side: int) -> None:
-    """Draw LayerNorm(x + sublayer(x)) up to bottom - 196; x + goes by on one side, -1 or 1."""
-    plus = bottom - 124
-    d.line((x, bottom), (x, bottom - 196))
-    d.arrow((x, bottom), (x, bottom - 29))
-    by = x + 150 * side
-    d.arrow((x, bottom - 12), (by, bottom - 12), (by, plus), (x + 14 * side, plus))
-    d.arrow((x, bottom - 96), (x, plus + 13))
-    d.box(x, bottom - 62, 250, 64, "", "blue tint" if side < 0 else "orange tint")
-    d.text(x, bottom - 76, name, "mono")
-    d.text(x, bottom - 48, note, "soft")
-    d.dot(x, plus, "soft", 14)
-    d.dot(x, plus, "paper", 12)
-    d.text(x, plus, "+")
-    d.box(x, bottom - 168, 250, 38, norm, "soft tint mono")
-
-
-def network() -> Drawing:
-    """Draw the encoder and the decoder of the paper, with the names of transformer.py."""
-    d = Drawing("The Transformer: encoder and decoder, each sublayer with residual and norm", 1036)
-    left, right = 215, 665
-    d.box(203, 637, 330, 404, "", "soft dashed")
-    d.box(677, 539, 330, 600, "", "soft dashed")
-    for x in (left, right):
-        d.arrow((x, 964), (x, 941))
-        d.box(x, 905, 290, 68, "embedding · √d_model\n+ positions", "green tint")
-        d.line((x, 871), (x, 842))
-    sublayer(d, left, 842, "self_attention", "padding mask", "norm1", -1)
-    sublayer(d, left, 646, "feed_forward", "each position alone", "norm2", -1)
-    sublayer(d, right, 842, "self_attention", "causal mask", "norm1", 1)
-    sublayer(d, right, 646, "cross_attention", "to the memory", "norm2", 1)
-    sublayer(d, right, 450, "feed_forward", "each position alone", "norm3", 1)
-    d.arrow((left, 450), (left, 400), (440, 400), (440, 584), (538, 584), style="blue")
-    d.text(330, 378, "memory", "blue bold")
-    d.text(476, 562, "K, V", "blue")
-    d.text(52, 390, "EncoderLayer\n× num_layers", "mono start")
-    d.arrow((right, 254), (right, 166))
-    d.text(690, 206, "DecoderLayer\n× num_layers", "mono start")
-    d.box(right, 142, 250, 44, "to_logits", "soft tint mono")
-    d.arrow((right, 120), (right, 80))
-    d.text(right, 56, f"{' '.join(ISO[:5])} …", "bold")
-    d.text(right, 26, "the next tokens", "soft")
-    d.text(left, 984, TEXT, "bold")
-    d.text(left, 1014, "source", "soft")
-    d.text(right, 984, f"<s> {' '.join(ISO[:4])} …", "bold")
-    d.text(right, 1014, "target so far", "soft")
-    d.text(left, 100, "+ adds what went in\n(the residual connection)", "soft")
-    d.text(left, 184, "norm brings it to\nmean 0, variance 1", "soft")
-    return d
-
-
-def teacher_forcing() -> Drawing:
-    """Draw how the decoder gets the target, and is to predict the same shifted by one."""
-    d = Drawing("Teacher forcing: the labels are the target shifted by one", 442)
-    target, xs = ["<s>", *ISO[:5]], [330 + 112 * n for n in range(5)]
-    d.text(20, 50, "labels", "start")
-    d.text(20, 80, "target[:, 1:]", "mono start")
-    d.text(20, 330, "input", "start")
-    d.text(20, 360, "target[:, :-1]", "mono start")
-    for x0, x1 in pairwise(xs):
-        d.line((x0, 84), (x1, 324), style="soft dashed")
-    d.box(110, 205, 180, 64, "memory\nof the source", "blue tint")
-    d.arrow((200, 205), (262, 205))
-    seen = "each position sees itself and those before"
-    d.box(554, 205, 580, 64, f"decoder\n{seen}", "orange tint")
-    for x, (before, after) in zip(xs, pairwise(target), strict=True):
-        d.arrow((x, 324), (x, 239))
-        d.arrow((x, 172), (x, 90))
-        d.box(x, 345, 64, 42, before)
-        d.box(x, 65, 64, 42, after, "green tint")
-    d.text(854, 65, "…")
-    d.text(854, 345, "…")
-    d.text(MIDDLE, 412, "Each label is the next input: a dashed line joins the same token.")
-    return d
-
-
-def writing() -> Drawing:
-    """Draw what goes in and comes out at each step, with cached keys and values."""
-    d = Drawing("Writing token by token, with a cache", 604)
-    d.text(62, 26, "cached, then the new token", "bold start")
-    d.text(780, 26, "comes out", "bold")
-    for x in (90, 780):
-        d.text(x, 428, "⋮")
-    steps = [(n + 1, 80 + 92 * n, ["<s>", *ISO[:n]], ISO[n]) for n in range(4)]
-    steps.append((len(ISO) + 1, 480, ["<s>", *ISO[:2], "…", *ISO[-2:]], "end"))
-    for step, y, tokens, output in steps:
-        x = 90 + 68 * (len(tokens) - 1)
-        for n, token in enumerate(tokens[:-1]):
-            d.box(90 + 68 * n, y, 56, 42, token, "soft dashed")
-        d.text(28, y, str(step), "soft")
-        d.box(x, y, 56, 42, tokens[-1], "green tint")
-        d.arrow((x + 30, y), (516, y))
-        d.box(590, y, 144, 46, "decoder", "orange tint")
-        d.arrow((664, y), (748, y))
-        d.box(780, y, 60, 42, output, "green tint")
-        if step < 4:
-            back = (780, y + 22), (780, y + 46), (x + 68, y + 46), (x + 68, y + 69)
-            d.arrow(*back, style="green dashed")
-    kept = "Only the new token is computed; keys and values of the others are kept"
-    d.text(MIDDLE, 556, f"{kept},\nas are those of the memory from step 1 on.")
     return d
 
 
@@ -439,37 +275,15 @@ def learning_rate() -> Drawing:
     return d
 
 
-def processes() -> Drawing:
-    """Draw what each of two processes does in a step."""
-    d = Drawing("What each process does in a step", 556)
-    d.box(MIDDLE, 45, 780, 48, "a batch")
-    d.box(MIDDLE, 377, 780, 48, "all-reduce: the gradient of the whole batch", "orange tint")
-    for rank, x in enumerate((235, 645)):
-        for y in (128, 211, 294, 377, 460):
-            d.arrow((x, y - 58), (x, y - 26))
-        d.box(x, 128, 370, 48, f"process {rank}: batch[{rank}::2]", "blue tint mono")
-        d.box(x, 211, 370, 48, "forward: the loss of its share", "blue tint")
-        d.box(x, 294, 370, 48, "backward: its gradient", "blue tint")
-        d.box(x, 460, 370, 48, "optimizer.step()", "blue tint mono")
-    d.text(MIDDLE, 520, "All processes take the same step, so their weights stay the same.")
-    return d
-
-
 DIAGRAMS = {
     "valley": valley,
     "gelu": gelu,
-    "feed-forward": feed_forward,
     "lookup": lookup,
     "one-word": one_word,
-    "split-heads": split_heads,
     "positions": positions,
     "masks": masks,
-    "transformer": network,
-    "teacher-forcing": teacher_forcing,
-    "writing": writing,
     "beam": beam,
     "learning-rate": learning_rate,
-    "processes": processes,
 }
 
 

@@ -1,8 +1,9 @@
 """Shapes for the diagrams of the course, written as SVG.
 
 Lengths are in pixels of a page 880 wide; boxes, dots and words are placed by their centers. A style
-is a list of names from STYLE. Colors follow the reader's light or dark mode. The paper is drawn,
-too, so that a page in the other mode leaves the words legible.
+is a list of names from STYLE. Colors follow the reader's light or dark mode; pictures that are
+edited by hand have the same. The paper is drawn, too, so that a page in the other mode leaves the
+words legible.
 """
 
 import math
@@ -13,21 +14,20 @@ from torch import Tensor
 
 WIDTH = 880
 LEVELS = 16  # shades of a cell, on either side of 0
-COLORS = ("blue", "orange", "green", "purple")  # told apart by color-blind people, too
 STYLE = """
 :root{--paper:#fff;--ink:#1f2328;--soft:#59636e;
 --blue:#0072b2;--orange:#b35900;--green:#14733f;--purple:#8a2a6a}
 @media(prefers-color-scheme:dark){:root{--paper:#0d1117;--ink:#f0f6fc;--soft:#9198a1;
 --blue:#56b4e9;--orange:#f0a030;--green:#39b577;--purple:#eac0d8}}
 svg{color:var(--ink)}.paper{color:var(--paper)}.soft{color:var(--soft)}.blue{color:var(--blue)}
-.orange{color:var(--orange)}.green{color:var(--green)}.purple{color:var(--purple)}
+.orange{color:var(--orange)}.green{color:var(--green)}
 text{fill:currentColor;font:22px system-ui,-apple-system,"Segoe UI","Noto Sans",Arial,sans-serif;
 text-anchor:middle;dominant-baseline:central;white-space:pre}
 .mono{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:20px}
 .bold{font-weight:bold}.start{text-anchor:start}.end{text-anchor:end}
 path{fill:none;stroke:currentColor;stroke-width:2}.thick{stroke-width:4}.bar{stroke-width:14}
 .dashed{stroke-dasharray:6 6}.full{fill:currentColor;stroke:none}
-.tint{fill:currentColor;fill-opacity:.14}.area{fill:currentColor;fill-opacity:.14;stroke:none}
+.tint{fill:currentColor;fill-opacity:.14}
 """
 Point = tuple[float, float]
 
@@ -82,17 +82,16 @@ class Drawing:
     def box(
         self, x: float, y: float, w: float, h: float, words: str = "", style: str = "soft tint"
     ) -> None:
-        """Draw a rounded rectangle on paper, with words that are mono where the style says so."""
+        """Draw a rounded rectangle on paper, with words."""
         d = f"M{short(x - w / 2 + 6)} {short(y - h / 2)}h{w - 12:g}q6 0 6 6v{h - 12:g}q0 6-6 6"
         d += f"h{12 - w:g}q-6 0-6-6v{12 - h:g}q0-6 6-6z"
         self.shapes += [f'<path class="{each}" d="{d}"/>' for each in ("paper full", style)]
         if words:
-            self.text(x, y, words, "mono" if "mono" in style else "")
+            self.text(x, y, words)
 
-    def dot(self, x: float, y: float, style: str, radius: float = 7) -> None:
+    def dot(self, x: float, y: float, style: str) -> None:
         """Draw a full circle."""
-        place = f'cx="{short(x)}" cy="{short(y)}" r="{radius}"'
-        self.shapes.append(f'<circle {place} class="{style} full"/>')
+        self.shapes.append(f'<circle cx="{short(x)}" cy="{short(y)}" r="7" class="{style} full"/>')
 
     def cells(self, x: float, y: float, w: float, h: float, numbers: Tensor, *styles: str) -> None:
         """Draw a matrix of numbers from -1 to 1, each w by h, with (x, y) at the top left.
