@@ -196,7 +196,7 @@ def decode(model: nn.Module, B: int, beam: int, device: str) -> None:
     S = (DECODED - 20) // 2  # for a target is at most twice as long, and 20 tokens
     source = torch.randint(3, SETTINGS.vocab_size, (B, S), device=device)
     (slow, fast), found = in_turn(
-        lambda: search.beam_search(model, source, beam, use_cache=False),
+        lambda: search.search(search.plain_decoder(model, source, beam), source, beam, 1.2),
         lambda: search.beam_search(model, source, beam),
     )
     assert found[0][0] == found[0][1], "the cache changes what is decoded"

@@ -10,12 +10,12 @@ import argparse
 import io
 import json
 import math
-import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from unicodedata import bidirectional, normalize
+from unicodedata import normalize
 
 import safetensors.torch
 import torch
@@ -23,25 +23,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
-from wcwidth import clip, rjust, wcswidth
 
-OUT = Path(__file__).resolve().parent.parent / "runs/attention"
-SENTENCE, MAX_WORDS = "the cat sees the dog", 10  # as many as fit in 100 columns
+SENTENCE = "the cat sees the dog"
+MAX_WORDS = 10  # as many as fit in 100 columns
 LENGTH = 10  # digits in a sequence
-BATCH_SIZE, LEARNING_RATE = 128, 5e-3
-
-
-def check_shapes(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> None:
-    """Raise a ValueError that names the shapes unless Q, K, V and the mask fit together."""
-    few = min(Q.dim(), K.dim(), V.dim()) < 2
-    if few or not 0 < Q.shape[-1] == K.shape[-1] or K.shape[-2] != V.shape[-2]:
-        shapes = f"Q {tuple(Q.shape)}, K {tuple(K.shape)}, V {tuple(V.shape)}"
-        raise ValueError(f"{shapes} must be (..., T, d_k), (..., S, d_k), (..., S, d_v), d_k > 0")
-    T, S = Q.shape[-2], K.shape[-2]
-    broadcast = ((T, S), (1, S), (T, 1), (1, 1))
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] not in broadcast):
-        found = f"{mask.dtype} {tuple(mask.shape)}"
-        raise ValueError(f"mask must be bool with shape (..., {T}, {S}), got {found}")
+BATCH_SIZE = 128
+LEARNING_RATE = 5e-3
 
 
 def scaled_dot_product_attention(
@@ -64,6 +51,17 @@ def scaled_dot_product_attention(
     return weights @ V, weights
 
 
+def check_shapes(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> None:
+    """Raise a ValueError that names what does not fit together."""
+    shapes = f"Q {tuple(Q.shape)}, K {tuple(K.shape)}, V {tuple(V.shape)}"
+    if Q.shape[-1] != K.shape[-1]:
+        raise ValueError(f"queries and keys must have the same size: {shapes}")
+    if K.shape[-2] != V.shape[-2]:
+        raise ValueError(f"each key needs a value: {shapes}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, True where a query may attend, got {mask.dtype}")
+
+
 class SelfAttention(nn.Module):
     """One head: each word of a sentence attends to all its words."""
 
@@ -83,7 +81,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
+        if d_model % num_heads:
             raise ValueError(f"d_model {d_model} must be divisible by num_heads {num_heads}")
         self.num_heads = num_heads  # h, and H in shapes; d_k = d_model / h
         self.W_q = nn.Linear(d_model, d_model, bias=False)  # the W_q of all heads side by side
@@ -97,7 +95,7 @@ class MultiHeadAttention(nn.Module):
         """Attend from query (B, T, d_model) to key and value (B, S, d_model): (B, T, d_model).
 
         The boolean mask, True where a query may attend, is (T, S) or (B, T, S) for all heads, or
-        (B, H, T, S); dimensions of size 1 broadcast. Raises ValueError or RuntimeError for others.
+        (B, H, T, S); dimensions of size 1 broadcast.
         """
         Q, K, V, mask = self.split_heads(query, key, value, mask)
         check_shapes(Q, K, V, mask)
@@ -109,15 +107,12 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Return the weights (B, H, T, S) with which `forward` mixes the values."""
-        weights = scaled_dot_product_attention(*self.split_heads(query, key, value, mask))[1]
-        return weights.expand(len(query), self.num_heads, -1, -1)  # a mask must not add any
+        return scaled_dot_product_attention(*self.split_heads(query, key, value, mask))[1]
 
     def split_heads(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return Q (B, H, T, d_k), K and V (B, H, S, d_k), and a mask that fits (B, H, T, S)."""
-        if {query.dim(), key.dim(), value.dim()} != {3}:
-            raise ValueError("query, key and value must be (B, T, d_model)")
         projected = self.W_q(query), self.W_k(key), self.W_v(value)
         Q, K, V = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
         if mask is not None and mask.dim() == 3:
@@ -206,7 +201,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, count: int = 1000) -> float:
+def share_exact(model: nn.Module, count: int = 1000) -> float:
     """Return the share of `count` unseen sequences with every digit predicted exactly."""
     device = next(model.parameters()).device
     digits, labels = (x.to(device) for x in sample_sequences(count, unseen=True))
@@ -214,23 +209,23 @@ def evaluate(model: nn.Module, count: int = 1000) -> float:
     return exact.sum().item() / count
 
 
-def printable(text: object) -> str:
-    """Return text without control characters, which could steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+def draw_words(words: Sequence[str], d: int, d_k: int) -> tuple[Tensor, SelfAttention]:
+    """Draw random embeddings (T, d), the same for the same word, and a random head."""
+    vocabulary = sorted(set(words))
+    x = torch.randn(len(vocabulary), d)[[vocabulary.index(word) for word in words]]
+    head = SelfAttention(d, d_k).requires_grad_(False)
+    for W in head.parameters():  # larger than nn.Linear makes them, so that words differ more
+        nn.init.normal_(W, std=d**-0.5)
+    return x, head
 
 
 def label(name: str, width: int) -> str:
-    """Right-align a name in `width` cells of a terminal; cut it if it is too long for them."""
-    name = printable(name[: 4 * width])  # accents take no cell, but must not go on for ever
-    if wcswidth(name) > width:
-        name = clip(name, 0, width - 1) + "…"
-    if any(bidirectional(c) in ("R", "AL") for c in name):  # isolated, or neighbors change places
-        name = f"\u2068{name}\u2069"
-    return rjust(name, width)
+    """Right-align a name; cut it if it is too long."""
+    return f"{name if len(name) <= width else name[: width - 1] + '…':>{width}}"
 
 
 def shade(row: Sequence[float]) -> str:
-    """Draw numbers from 0 to 1 to the nearest quarter, two cells each."""
+    """Draw numbers from 0 to 1 to the nearest quarter, two characters each."""
     return "".join("·░▒▓█"[round(4 * number)] * 2 for number in row)
 
 
@@ -242,41 +237,53 @@ def show_pictures(titles: Sequence[str], pictures: Tensor, names: str) -> None:
         print("".join(f"   {name}  {shade(row)}" for row in rows.tolist()))
 
 
-@torch.inference_mode()
+def show_matrix(
+    formula: str, matrix: Tensor, rows: Sequence[str], columns: Sequence[str], reading: str,
+    shaded: bool = False,
+) -> None:  # fmt: skip
+    """Print a matrix (len(rows), len(columns)), and how to read it; shade weights, too."""
+    print(f"\n{formula} = {tuple(matrix.shape)}\n{reading}")
+    print(" " * 8 + "".join(" " + label(name, 6) for name in columns))
+    for name, numbers in zip(rows, matrix.tolist(), strict=True):
+        picture = "  " + shade(numbers) if shaded else ""
+        print(label(name, 8) + "".join(f"{number:7.2f}" for number in numbers) + picture)
+
+
 def show_walk(words: Sequence[str], d: int = 6, d_k: int = 4) -> None:
     """Follow a sentence of T words, with random embeddings and weights, through the formula."""
-    vocabulary = sorted(set(words))
-    x = torch.randn(len(vocabulary), d)[[vocabulary.index(word) for word in words]]  # (T, d)
-    head = SelfAttention(d, d_k)
-    for W in head.parameters():  # larger than nn.Linear makes them, so that words differ more
-        nn.init.normal_(W, std=d**-0.5)
-    W_q, W_k, W_v = head.W_q.weight.T, head.W_k.weight.T, head.W_v.weight.T  # (d, d_k)
-    Q, K, V = x @ W_q, x @ W_k, x @ W_v  # (T, d_k)
+    x, head = draw_words(words, d, d_k)
+    W_q = head.W_q.weight.T  # (d, d_k)
+    W_k = head.W_k.weight.T
+    W_v = head.W_v.weight.T
+    Q = x @ W_q  # (T, d_k)
+    K = x @ W_k
+    V = x @ W_v
+    scores = Q @ K.T  # (T, T)
+    scaled = scores / math.sqrt(d_k)
     output, weights = head(x)
     row = min(2, len(words))
     word = label(words[row - 1], 20).strip()
-    features, parts = ([str(n + 1) for n in range(size)] for size in (d, d_k))
-    for formula, matrix, rows, columns, reading in (
-        ("x   (T, d)", x, words, features, "Row i is x⁽ⁱ⁾, the embedding of word i."),
-        ("W_q   (d, d_k)", W_q, features, parts, "Turns embeddings into queries."),
-        ("W_k   (d, d_k)", W_k, features, parts, "Turns embeddings into keys."),
-        ("W_v   (d, d_k)", W_v, features, parts, "Turns embeddings into values."),
-        ("Q = x W_q   (T, d_k)", Q, words, parts, "Row i is q_i = x⁽ⁱ⁾ W_q: what it looks for."),
-        ("K = x W_k   (T, d_k)", K, words, parts, "Row i is k_i = x⁽ⁱ⁾ W_k: what it is found by."),
-        ("V = x W_v   (T, d_k)", V, words, parts, "Row i is v_i = x⁽ⁱ⁾ W_v: what it passes on."),
-        ("QKᵀ   (T, T)", Q @ K.T, words, words, "Row i, column j is q_i · k_j: how well they fit."),
-        ("QKᵀ/√d_k   (T, T)", Q @ K.T / math.sqrt(d_k), words, words,
-         f"The same divided by √{d_k} = {math.sqrt(d_k):g}, so that it does not grow with d_k."),
-        ("softmax(QKᵀ/√d_k)   (T, T)", weights, words, words,
-         f"Row {row} says where {word} looks; the row sums to 1. ░ is ¼, ▒ ½, ▓ ¾, █ 1."),
-        ("softmax(QKᵀ/√d_k)V   (T, d_k)", output, words, parts,
-         f"Row {row} is what {word} gets: all v_j, averaged with row {row} of the softmax."),
-    ):  # fmt: skip
-        print(f"\n{formula} = {tuple(matrix.shape)}\n{reading}")
-        print(" " * 8 + "".join(" " + label(name, 6) for name in columns))
-        for name, numbers in zip(rows, matrix.tolist(), strict=True):
-            picture = "  " + shade(numbers) if matrix is weights else ""
-            print(label(name, 8) + "".join(f"{number:7.2f}" for number in numbers) + picture)
+    features = [str(n) for n in range(1, d + 1)]
+    parts = [str(n) for n in range(1, d_k + 1)]
+
+    show_matrix("x   (T, d)", x, words, features, "Row i is x⁽ⁱ⁾, the embedding of word i.")
+    show_matrix("W_q   (d, d_k)", W_q, features, parts, "Turns embeddings into queries.")
+    show_matrix("W_k   (d, d_k)", W_k, features, parts, "Turns embeddings into keys.")
+    show_matrix("W_v   (d, d_k)", W_v, features, parts, "Turns embeddings into values.")
+    reading = "Row i is q_i = x⁽ⁱ⁾ W_q: what it looks for."
+    show_matrix("Q = x W_q   (T, d_k)", Q, words, parts, reading)
+    reading = "Row i is k_i = x⁽ⁱ⁾ W_k: what it is found by."
+    show_matrix("K = x W_k   (T, d_k)", K, words, parts, reading)
+    reading = "Row i is v_i = x⁽ⁱ⁾ W_v: what it passes on."
+    show_matrix("V = x W_v   (T, d_k)", V, words, parts, reading)
+    reading = "Row i, column j is q_i · k_j: how well they fit."
+    show_matrix("QKᵀ   (T, T)", scores, words, words, reading)
+    reading = f"The same divided by √{d_k} = {math.sqrt(d_k):g}, so that it does not grow with d_k."
+    show_matrix("QKᵀ/√d_k   (T, T)", scaled, words, words, reading)
+    reading = f"Row {row} says where {word} looks; the row sums to 1. ░ is ¼, ▒ ½, ▓ ¾, █ 1."
+    show_matrix("softmax(QKᵀ/√d_k)   (T, T)", weights, words, words, reading, shaded=True)
+    reading = f"Row {row} is what {word} gets: all v_j, averaged with row {row} of the softmax."
+    show_matrix("softmax(QKᵀ/√d_k)V   (T, d_k)", output, words, parts, reading)
 
 
 def show_scaling() -> None:
@@ -289,7 +296,8 @@ def show_scaling() -> None:
         for scores in (Q @ K.mT, Q @ K.mT / math.sqrt(d_k)):
             a = scores.softmax(dim=-1)
             jacobian = a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2)  # d(weights) / d(scores)
-            gradient, largest = torch.linalg.matrix_norm(jacobian).mean(), a.amax(dim=-1).mean()
+            gradient = torch.linalg.matrix_norm(jacobian).mean()
+            largest = a.amax(dim=-1).mean()
             print(f"{scores.var():11.2f}{largest:10.2f}{gradient:10.3f}", end="")
         print()
     print("Unscaled, the variance is d_k: with a large d_k one key takes nearly all the weight,")
@@ -299,11 +307,16 @@ def show_scaling() -> None:
 def compare(steps: int, device: str) -> tuple[dict[str, tuple[float, float]], PairFinder]:
     """Train three networks; return the last loss and exact share of each, and the last network."""
     results = {}
-    for name, num_heads in (("two heads, no positions", 2), ("one head", 1), ("two heads", 2)):
+    for name, num_heads, positions in (
+        ("two heads, no positions", 2, False),
+        ("one head", 1, True),
+        ("two heads", 2, True),
+    ):
         model = PairFinder(num_heads).to(device)
-        if "no positions" in name:
+        if not positions:
             model.positions.zero_()
-        results[name] = (train(model, steps)[-1], evaluate(model))
+        losses = train(model, steps)
+        results[name] = losses[-1], share_exact(model)
     return results, model
 
 
@@ -315,7 +328,8 @@ def show_heads(results: dict[str, tuple[float, float]], names: str, weights: Ten
         print(f"{name:25}{loss:9.4f}{exact:11.1%}")
     places = torch.arange(LENGTH)
     for head, picture in enumerate(weights.mean(dim=0), start=1):
-        mirror, left = picture[places, places.flip(0)].mean(), picture[places, places - 1].mean()
+        mirror = picture[places, places.flip(0)].mean()
+        left = picture[places, places - 1].mean()
         print(f"Head {head} puts {mirror:.0%} of its weight on the mirror image, {left:.0%} left.")
     show_pictures([f"head {n + 1}" for n in range(len(weights[0]))], weights[0], names)
 
@@ -323,98 +337,103 @@ def show_heads(results: dict[str, tuple[float, float]], names: str, weights: Ten
 def show_masks() -> None:
     """Print what masks look like."""
     print("\nMasks: █ where a query (row) may attend to a key (column)\n")
-    causal, padding = causal_mask(5), padding_mask(torch.tensor([[7, 7, 7, 0, 0]]), pad=0)[0]
+    causal = causal_mask(5)
+    padding = padding_mask(torch.tensor([[7, 7, 7, 0, 0]]), pad=0)[0]
     pictures = torch.stack((causal, padding.expand(5, 5), causal & padding)).float()
     show_pictures(["causal", "padding", "both"], pictures, "12345")
 
 
 def draw_heads(weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> bytes:
     """Draw weights (H, T, S), a panel per head, with the names of queries and keys: a PNG."""
-    down, across = math.ceil(len(weights) / 2), min(2, len(weights))
+    across = min(2, len(weights))
+    down = math.ceil(len(weights) / 2)
     size = (4 * across, down * (1.3 + 3 * min(4, len(rows) / len(columns))))
-    figure, png = Figure(figsize=size, layout="constrained"), io.BytesIO()
+    figure = Figure(figsize=size, layout="constrained")
     for head, picture in enumerate(weights.tolist(), start=1):
         axes = figure.add_subplot(down, across, head, title=f"head {head}", xlabel="looks at")
         axes.imshow(picture, cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
+    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, bbox_inches="tight")
     return png.getvalue()
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def split_words(sentence: str) -> list[str]:
+    """Parse --explain: 1 to MAX_WORDS words, without what could steer the terminal."""
+    composed = normalize("NFC", sentence)  # one é, however it was typed
+    words = ["".join(c if c.isprintable() else "?" for c in word) for word in composed.split()]
+    if not 1 <= len(words) <= MAX_WORDS:
+        raise argparse.ArgumentTypeError(f"must have 1 to {MAX_WORDS} words; more don't fit")
+    return words
+
+
+def usable_device(name: str) -> str:
+    """Parse --device; argparse refuses the option unless a tensor can be made there."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # each kind of device fails in its own way
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name!r} can't be used here: {reason}") from None
+    return name
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    add = parser.add_argument
+    add("--explain", type=split_words, metavar="SENTENCE", help="follow this sentence and exit")
+    add("--steps", type=int, default=500, help="batches to train each network on")
+    add("--seed", type=int, default=0, help="fixes every random choice")
+    add("--device", type=usable_device, default=device, help="where to compute")
+    add("--out", type=Path, default="runs/attention", help="folder for the results")
+    return parser
+
+
+def save(model: nn.Module, picture: bytes, metrics: object, out: Path) -> None:
+    """Save a network, the picture of its heads, and the metrics."""
+    safetensors.torch.save_file(model.state_dict(), out / "model.safetensors")
+    (out / "attention.png").write_bytes(picture)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Walk through the formula, train, save and show; return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    parser.add_argument("--explain", metavar="SENTENCE", help="follow this sentence and exit")
-    parser.add_argument("--steps", type=int, default=500, help="batches to train each network on")
-    parser.add_argument("--seed", type=int, default=0, help="fixes every random choice")
-    parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
+    started = time.perf_counter()
+    parser = make_parser()
     args = parser.parse_args(argv)
     if not 1 <= args.steps <= 100_000:
         parser.error("argument --steps: must be between 1 and 100,000")
     if not 0 <= args.seed < 2**63:
         parser.error("argument --seed: must be between 0 and 2**63 - 1")
-    if "\0" in str(args.out):
-        parser.error("argument --out: must be a name without NUL")
-    sentence = SENTENCE if args.explain is None else args.explain
-    words = normalize("NFC", sentence).split()  # one é, however it was typed
-    if not 1 <= len(words) <= MAX_WORDS:
-        parser.error(f"argument --explain: must have 1 to {MAX_WORDS} words; more don't fit")
+    torch.manual_seed(args.seed)
+    show_walk(args.explain or SENTENCE.split())
+    if args.explain:
+        return 0
+    show_scaling()
+    show_masks()
     try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        parser.error(printable(f"argument --device: {error}".splitlines()[0]))
-    started = time.perf_counter()
-    try:
-        torch.manual_seed(args.seed)
-        show_walk(words)
-        if args.explain is None:
-            show_scaling()
-            show_masks()
-            args.out.mkdir(parents=True, exist_ok=True)
-            results, model = compare(args.steps, args.device)
-            digits, _ = sample_sequences(1000, unseen=True)
-            weights = model.weights(digits.to(args.device)).cpu()
-            names = "".join(map(str, digits[0].tolist()))
-            settings = vars(args) | {"torch": torch.__version__, "python": sys.version.split()[0]}
-            seconds = time.perf_counter() - started
-            metrics = {"settings": settings, "results": results, "seconds": seconds}
-            write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
-            write(args.out / "attention.png", draw_heads(weights[0], names, names))
-            write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
-            show_heads(results, names, weights)
-            print(f"\nSaved in {printable(args.out)} after {seconds:.1f} s")
-        print(end="", flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        args.out.mkdir(parents=True, exist_ok=True)
+        results, model = compare(args.steps, args.device)
+        digits, _ = sample_sequences(1000, unseen=True)
+        weights = model.weights(digits.to(args.device)).cpu()
+        names = "".join(map(str, digits[0].tolist()))
+        metrics = {"settings": vars(args), "torch": torch.__version__, "results": results}
+        save(model, draw_heads(weights[0], names, names), metrics, args.out)
     except (OSError, FloatingPointError) as error:
-        print(f"{parser.prog}: {printable(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    show_heads(results, names, weights)
+    print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so does `| head`
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     raise SystemExit(main())

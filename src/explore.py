@@ -20,7 +20,7 @@ with app.setup:
 
     from attention import SENTENCE, positional_encoding
     from explorer import pictures, switches, trained
-    from explorer.pictures import heat, number, plot, side_by_side
+    from explorer.pictures import decimal, heat, plot, side_by_side
     from inputs.dates import sample_dates, split_days
     from inputs.text import BOS
     from transformer import (
@@ -29,13 +29,16 @@ with app.setup:
         Sizes,
         Transformer,
         learning_rate,
+        look_inside,
         open_model,
     )  # fmt: skip
 
-    RUNS = Path(__file__).resolve().parent.parent / "runs"
-    FORMULA, HEADS, TRANSFORMER, SEARCH = PAGES = (
-        "Formula", "Heads", "Transformer", "Search",
-    )  # fmt: skip
+    RUNS = Path("runs")  # where the scripts that are run from the same folder save
+    FORMULA = "Formula"
+    HEADS = "Heads"
+    TRANSFORMER = "Transformer"
+    SEARCH = "Search"
+    PAGES = (FORMULA, HEADS, TRANSFORMER, SEARCH)
 
 
 @app.function
@@ -143,9 +146,11 @@ def _(d_model, length, page, place):
 def _(d_model, length, page, place):
     mo.stop(page.value != HEADS)
     _P = positional_encoding(length.value, d_model.value)
-    _products, _i = _P @ _P.T, min(place.value, length.value - 1)
+    _products = _P @ _P.T
+    _i = min(place.value, length.value - 1)
     _near = [*range(max(0, _i - 4), min(length.value, _i + 5))]
-    _title, _names = f"Position {_i} times its neighbors", [str(j) for j in _near]
+    _title = f"Position {_i} times its neighbors"
+    _names = [str(j) for j in _near]
     _tables = side_by_side(
         pictures.pixels("The sine pattern", _P, 6),
         pictures.pixels("Dot products of all positions", _products),
@@ -167,7 +172,8 @@ def _(order, page, placed, words):
     mo.stop(not words, mo.callout("Write a sentence on the page Formula first.", "warn"))
     _order, _before, _after = switches.shuffle(words, order.value, placed.value)
     _shuffled = " ".join(words[i] for i in _order)
-    _parts, _most = ["1", "2", "3", "4"], (_before - _after).abs().max()
+    _parts = ["1", "2", "3", "4"]
+    _most = (_before - _after).abs().max()
     _tables = side_by_side(
         heat(f"Outputs for “{' '.join(words)}”", _before, words, _parts),
         heat(f"The same words, from “{_shuffled}”", _after, words, _parts),
@@ -254,7 +260,7 @@ def _(causal, date, memory, network, off_head, page, positions, root, vocabulary
 def _(network, page, vocabulary):
     mo.stop(page.value != TRANSFORMER or network is None)
     unseen = sample_dates(split_days()[2][:200], Random(2))
-    whole = switches.share_exact(network, vocabulary, unseen)
+    whole = switches.score_dates(network, vocabulary, unseen)
     return unseen, whole
 
 
@@ -262,8 +268,9 @@ def _(network, page, vocabulary):
 def _(changed, page, unseen, vocabulary, whole):
     mo.stop(page.value != TRANSFORMER)
     with mo.status.spinner("Reading 200 dates that it has never seen"):
-        _shares = torch.tensor([[whole, switches.share_exact(changed, vocabulary, unseen)]])
-    _title, _names = "200 unseen dates predicted exactly", ["whole network", "as it is now"]
+        _shares = torch.tensor([[whole, switches.score_dates(changed, vocabulary, unseen)]])
+    _title = "200 unseen dates predicted exactly"
+    _names = ["whole network", "as it is now"]
     mo.Html(heat(_title, _shares, ["share"], _names))
 
 
@@ -271,7 +278,7 @@ def _(changed, page, unseen, vocabulary, whole):
 def _(answer, changed, date, page, source, step, tokens):
     mo.stop(page.value != TRANSFORMER)
     _target = torch.tensor([[BOS, *tokens[0, : len(answer)].tolist()]])
-    _weights = switches.look_inside(changed, source, _target)
+    _weights = {name: w[0] for name, w in look_inside(changed, source, _target).items()}
     mo.Html(pictures.looks(_weights, step.value - 1, date.value.strip(), answer))
 
 
@@ -300,14 +307,17 @@ def _(alpha, beam, date, network, page, upto, vocabulary):
     _greedy = switches.spell(switches.write_slowly(network, _source)[0][0].tolist(), vocabulary)
     _ended = sorted((b for step in _steps[1:] for b in step), key=lambda b: -b.score)[:5]
     _names = [switches.spell(branch.tokens, vocabulary) for branch in _ended]
-    _texts = [(number(b.ended), str(len(b.tokens) + 1), number(b.score)) for b in _ended]
-    _blank, _columns = torch.zeros(len(_texts), 3), ["log P", "length with end", "score"]
+    _texts = [(decimal(b.ended), str(len(b.tokens) + 1), decimal(b.score)) for b in _ended]
+    _blank = torch.zeros(len(_texts), 3)
+    _columns = ["log P", "length with end", "score"]
     _tables = side_by_side(
         pictures.tree(_steps[: upto.value], _found, vocabulary),
         heat("If it ended here: the five best", _blank, _names, _columns, _texts),
     )
     _beam = switches.spell(_found, vocabulary)
-    mo.vstack([mo.md(f"The beam finds **{_beam}**, greedy search **{_greedy}**"), mo.Html(_tables)])
+    _warning = [mo.callout(_problem, "warn")] if _problem else []
+    _answers = mo.md(f"The beam finds **{_beam}**, greedy search **{_greedy}**")
+    mo.vstack([*_warning, _answers, mo.Html(_tables)])
 
 
 @app.cell

@@ -8,12 +8,15 @@ and fills runs/fashion-mnist/, all in about 40 s. Then `--predict photo.jpg` cla
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import math
-import os
+import signal
+import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +31,58 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-from inputs.clothes import CLASSES, SAMPLE, Split, find_data
-from inputs.photo import open_photo, prepare, show_image
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+SAMPLE = Path(__file__).resolve().parent.parent / "data/fashion-mnist-sample"  # of the repository
+LARGEST = 16 + 60_000 * 28 * 28  # bytes of a data file
+Split = tuple[Tensor, Tensor]  # images (N, 28, 28) uint8, labels (N,) int64
 
-OUT = Path(__file__).resolve().parent.parent / "runs/fashion-mnist"
-SAMPLE_NOTE = " (one sixth of the data; go online or pass --data for all of it)"
+
+def read_idx(path: Path) -> Tensor:
+    """Read the bytes of an IDX file, gzipped or not, in their shape. Raises OSError if it can't."""
+    zipped = path.with_name(path.name + ".gz")
+    try:
+        with gzip.open(zipped) if zipped.exists() else path.open("rb") as file:
+            content = bytearray(file.read(LARGEST + 1))
+        dimensions = content[3]
+        shape = [int.from_bytes(content[4 * n : 4 * n + 4]) for n in range(1, dimensions + 1)]
+        return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions).view(shape)
+    except FileNotFoundError:
+        raise
+    except (EOFError, IndexError, OSError, RuntimeError, ValueError, zlib.error) as error:
+        raise OSError(f"{path} is broken: {error}") from error
+
+
+def load(folder: Path, name: str) -> Split:
+    """Read a split, `train` or `t10k`, of a folder of IDX files. Raises OSError if it is broken."""
+    images = read_idx(folder / f"{name}-images-idx3-ubyte")
+    labels = read_idx(folder / f"{name}-labels-idx1-ubyte")
+    if images.shape != (len(labels), 28, 28) or labels.dim() != 1 or labels.max() > 9:
+        raise OSError(f"{folder} is broken: {name} doesn't have 28x28 pixels and a class per image")
+    return images, labels.long()
+
+
+def open_data(folder: Path | None) -> tuple[str, Split, Split]:
+    """Return where the data comes from, the training split and the test split.
+
+    Without a folder, torchvision downloads all 70,000 images (30 MB) to data/, unless they are
+    there; offline, the repository's sample must do. Raises OSError if there is no data.
+    """
+    if folder:
+        return str(folder), load(folder, "train"), load(folder, "t10k")
+    from torchvision.datasets import FashionMNIST  # takes seconds, and no other way needs it
+
+    socket.setdefaulttimeout(10)  # seconds without an answer; torchvision would wait for ever
+    try:
+        train, test = (FashionMNIST("data", train, download=True) for train in (True, False))
+        return "data/FashionMNIST", (train.data, train.targets), (test.data, test.targets)
+    except Exception as error:  # no network, or a broken file: it fails in many ways
+        if not SAMPLE.is_dir():
+            raise OSError("can't download the data; --data takes a folder of IDX files") from error
+    source = f"{SAMPLE} (one sixth of the data; go online or pass --data for all of it)"
+    return source, load(SAMPLE, "train"), load(SAMPLE, "t10k")
 
 
 class Epoch(NamedTuple):
@@ -68,7 +118,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, 10) of images (B, 28, 28) uint8."""
-        return self.layers(images.float().add_(1e-9).sqrt_())  # the root of 0 is slow
+        return self.layers((images.float() + 1e-9).sqrt())  # the root of 0 is slow
 
 
 def augment(images: Tensor) -> Tensor:
@@ -119,8 +169,6 @@ def hold_out(split: Split) -> tuple[Split, Split]:
     """Return 59 in 60 for training and the rest for validation, drawn at random."""
     order = torch.randperm(len(split[0]))
     kept = len(order) - len(order) // 60
-    if kept == len(order):
-        raise OSError(f"{kept} images are too few to hold some back for validation")
     images, labels = (tensor[order] for tensor in split)
     return (images[:kept], labels[:kept]), (images[kept:], labels[kept:])
 
@@ -155,6 +203,17 @@ def fit(
         if not math.isfinite(loss + validation_loss):
             raise FloatingPointError("the loss isn't finite; a smaller --learning-rate may help")
         yield Epoch(epoch, loss, validation_loss, accuracy, time.perf_counter() - start)
+
+
+def show_epochs(epochs: Iterator[Epoch]) -> list[Epoch]:
+    """Print the results of each epoch as it ends; return them all."""
+    rows = []
+    print("epoch  training loss  validation loss  accuracy  seconds")
+    for row in epochs:
+        losses = f"{row.training_loss:13.4f}  {row.validation_loss:15.4f}"
+        print(f"{row.epoch:5}  {losses}  {row.accuracy:8.2%}  {row.seconds:7.1f}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def draw_history(rows: Sequence[Epoch]) -> Figure:
@@ -193,24 +252,17 @@ def draw_answers(images: Tensor, labels: Tensor, guesses: Tensor) -> Figure:
     return figure
 
 
-def printable(text: object) -> str:
-    """Return text without control characters, which could steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
 
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = type(low)(text)
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"must be between {low:,} and {high:,}")
 
-def write(path: Path, content: bytes) -> None:
-    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return parse
 
 
 def usable_device(name: str) -> torch.device:
@@ -223,16 +275,22 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= (value := type(low)(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"must be between {low:,} and {high:,}")
-
-    return parse
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    add = parser.add_argument
+    add("--data", type=Path, help="folder with the four IDX files, else torchvision's download")
+    add("--sample", action="store_true", help="use the repository's sample")
+    add("--epochs", type=number(1, 10_000), default=16, help="passes over the images")
+    add("--batch-size", type=number(2, 100_000), default=500, help="images per step")
+    add("--learning-rate", type=number(1e-9, 10.0), default=6e-3, help="highest value")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="fixes every random choice")
+    add("--device", type=usable_device, default=device, help="where to compute")
+    add("--out", type=Path, default="runs/fashion-mnist", help="folder for the results")
+    add("--predict", type=Path, nargs="+", metavar="PHOTO", help="classify photos and exit")
+    return parser
 
 
 def load_model(path: Path) -> Classifier:
@@ -249,102 +307,76 @@ def load_model(path: Path) -> Classifier:
 
 def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
     """Show what the network sees of each photo and predicts; return 1 if one fails, else 0."""
+    try:
+        from inputs.photo import open_photo, prepare, show_image
+    except ModuleNotFoundError as error:
+        raise OSError(f"--predict needs the folder inputs/ beside this script: {error}") from error
     status = 0
     for photo in photos:
+        name = "".join(c if c.isprintable() else "?" for c in str(photo))
         try:
             image = prepare(open_photo(photo))
         except Exception as error:  # Pillow's decoders fail in many ways on a broken file
-            reason = getattr(error, "strerror", None) or error
-            print(printable(f"{photo}: {reason}"), file=sys.stderr)
+            print(f"{name}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             status = 1
             continue
         show_image(image)
         best = predict(model, image.unsqueeze(0)).softmax(dim=1)[0].topk(3)
         answer = ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in zip(*best, strict=True))
-        print(f"{printable(photo)}: {answer}", flush=True)
+        print(f"{name}: {answer}", flush=True)
     return status
 
 
-def report(model: nn.Module, rows: Sequence[Epoch], test: Split, out: Path) -> float:
-    """Draw pictures of how well the network predicts, in the folder `out`; return its accuracy."""
+def draw_test(model: nn.Module, test: Split, out: Path) -> float:
+    """Draw how well the network predicts the test images; return its accuracy."""
     images, labels = test
     logits = predict(model, images.to(next(model.parameters()).device)).cpu()
     guesses = logits.argmax(dim=1)
     pairs = (len(CLASSES) * labels + guesses).bincount(minlength=len(CLASSES) ** 2)
     hardest = F.cross_entropy(logits, labels, reduction="none").argsort(descending=True)
     mistakes = hardest[guesses[hardest] != labels[hardest]]
-    figures = {
-        "history": draw_history(rows),
-        "confusion": draw_confusion(pairs.view(len(CLASSES), -1)),
-        "answers": draw_answers(images, labels, guesses),
-        "mistakes": draw_answers(images[mistakes], labels[mistakes], guesses[mistakes]),
-    }
-    for name, figure in figures.items():
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=120)
-        write(out / f"{name}.png", file.getvalue())
+    draw_confusion(pairs.view(len(CLASSES), -1)).savefig(out / "confusion.png", dpi=120)
+    draw_answers(images, labels, guesses).savefig(out / "answers.png", dpi=120)
+    worst = draw_answers(images[mistakes], labels[mistakes], guesses[mistakes])
+    worst.savefig(out / "mistakes.png", dpi=120)
     return (guesses == labels).double().mean().item()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, save and report, or classify photos; return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    add = parser.add_argument
-    add("--data", type=Path, help="folder with the four IDX files; searched for if omitted")
-    add("--sample", action="store_true", help="use the bundled sample instead of --data")
-    add("--epochs", type=number(1, 10_000), default=16, help="passes over the images")
-    add("--batch-size", type=number(2, 100_000), default=500, help="images per step")
-    add("--learning-rate", type=number(1e-9, 10.0), default=6e-3, help="highest value")
-    add("--seed", type=number(0, 2**63 - 1), default=0, help="fixes every random choice")
-    add("--device", type=usable_device, default=device, help="where to compute")
-    add("--out", type=Path, default=OUT, help="folder for the results")
-    add("--predict", type=Path, nargs="+", metavar="PHOTO", help="classify photos and exit")
-    args = parser.parse_args(argv)
-    if args.data and (args.sample or not args.data.is_dir()):
-        parser.error("argument --data: must be a folder; can't be used with --sample")
-    if "\0" in str(args.out):
-        parser.error("argument --out: must be a name without NUL")
     started = time.perf_counter()
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
     try:
         if args.predict:
             return print_photos(load_model(args.out / "model.safetensors"), args.predict)
         args.out.mkdir(parents=True, exist_ok=True)
-        folder, train, test, problems = find_data(SAMPLE if args.sample else args.data)
-        for problem in problems:
-            print(printable(f"{parser.prog}: skipped: {problem}"), file=sys.stderr)
-        torch.manual_seed(args.seed)
+        source, train, test = open_data(SAMPLE if args.sample else args.data)
         train, validation = ((x.to(args.device), y.to(args.device)) for x, y in hold_out(train))
         model = Classifier().to(args.device)
-        print(f"Data: {printable(folder)}{SAMPLE_NOTE if folder == SAMPLE else ''}")
+        print(f"Data: {source}")
         print(f"{len(train[0]):,} training images, {len(validation[0]):,} for validation\n")
-        print("epoch  training loss  validation loss  accuracy  seconds")
-        rows = []
-        for row in fit(model, train, validation, args.epochs, args.batch_size, args.learning_rate):
-            losses = f"{row.training_loss:13.4f}  {row.validation_loss:15.4f}"
-            print(f"{row.epoch:5}  {losses}  {row.accuracy:8.2%}  {row.seconds:7.1f}")
-            rows.append(row)
-        write(args.out / "model.safetensors", safetensors.torch.save(model.state_dict()))
-        accuracy = report(model, rows, test, args.out)
-        metrics = vars(args) | {"data": folder, "torch": torch.__version__, "test": accuracy}
+        epochs = fit(model, train, validation, args.epochs, args.batch_size, args.learning_rate)
+        rows = show_epochs(epochs)
+        draw_history(rows).savefig(args.out / "history.png", dpi=120)
+        safetensors.torch.save_file(model.state_dict(), args.out / "model.safetensors")
+        accuracy = draw_test(model, test, args.out)
+        metrics = vars(args) | {"data": source, "torch": torch.__version__, "test": accuracy}
         metrics["epochs"] = [row._asdict() for row in rows]
-        write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
-        print(f"\nTest: {accuracy:.2%} of {len(test[0]):,} images")
-        print(f"\nSaved in {printable(args.out)} after {time.perf_counter() - started:.1f} s")
-        print(end="", flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
     except (OSError, FloatingPointError) as error:
-        print(f"{parser.prog}: {printable(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    print(f"\nTest: {accuracy:.2%} of {len(test[0]):,} images")
+    print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so does `| head`
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     raise SystemExit(main())

@@ -8,18 +8,25 @@ exercises/exercises.toml.
 """
 
 import argparse
-import io
-import os
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
 
-from exercises.copies import PRACTICE, State, keep, read, read_state, refresh, write, write_state
-from exercises.holes import SOURCES, Task, carry, find_hole, function_lines, prepare, read_tasks
+from exercises.copies import PRACTICE, State, keep, read, read_state, refresh, save, write_state
+from exercises.holes import (
+    ROOT,
+    SOURCES,
+    Task,
+    carry,
+    find_hole,
+    function_lines,
+    prepare,
+    read_tasks,
+)
 from exercises.judge import Case, judge, warm_up, warm_up_optimizers
+from running.shell import command
 
-ROOT = SOURCES.parent
 COLORS = {"✓": 32, "✗": 31, "→": 33}
 
 
@@ -33,13 +40,14 @@ def chapter(task: Task) -> str:
 
 def start(task: Task, state: State, again: bool) -> None:
     """Empty the function, or plant the mistake, in practice/, and print the task."""
-    path, reference = PRACTICE / task.script, read(SOURCES / task.script)
+    path = PRACTICE / task.script
+    reference = read(SOURCES / task.script)
     if again or task.name not in state.started:
         copy = read(path)
         touched = copy.split("\n")[function_lines(copy, task.function)]
         if touched != reference.split("\n")[function_lines(reference, task.function)]:
             print(f"The old {path.relative_to(ROOT)} is kept as {keep(path).name}.\n")
-        write(path, carry([task.function], prepare(reference, task), copy))
+        save(path, carry([task.function], prepare(reference, task), copy))
         state.started = [*dict.fromkeys([*state.started, task.name])]
         state.hints.pop(task.name, None)
     else:
@@ -143,20 +151,21 @@ def advice(state: State, tasks: dict[str, Task]) -> str:
 
 def show_list(state: State, tasks: dict[str, Task]) -> None:
     """Print all tasks by script, mark those that are done, and name the next one."""
-    heading, rest = "", remaining(state, tasks)
+    rest = remaining(state, tasks)
+    heading = ""
     for number, task in enumerate(tasks.values(), start=1):
-        if heading != (heading := "Mistakes to find" if task.symptom else task.script):
-            print(f"\n{heading}" if number > 1 else heading)
+        before = heading
+        heading = "Mistakes to find" if task.symptom else task.script
+        if heading != before:
+            print(f"\n{heading}" if before else heading)
         mark = "✓" if task.name in state.done else "→" if task.name == rest[0] else " "
         show_lines(mark, f"{number:2} {task.name:12}", [task.title or task.script])
     print(f"\n{len(state.done)} of {len(tasks)} done. Next: {advice(state, tasks)}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the given command; return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(argv: Sequence[str] | None, tasks: dict[str, Task]) -> argparse.Namespace:
+    """Parse the command line; a task can be named by its number in the list."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = ("list", "start", "check", "hint", "solution")
     parser.add_argument("command", nargs="?", choices=commands, default="list", help="what to do")
     parser.add_argument(
@@ -165,46 +174,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--watch", action="store_true", help="check at each save, until Ctrl-C")
     parser.add_argument("--again", action="store_true", help="start over; keep a copy of your work")
     args = parser.parse_intermixed_args(argv)
-    tasks = read_tasks()
-    names = dict(enumerate(tasks, start=1))
+    numbers = {str(number): name for number, name in enumerate(tasks, start=1)}
+    args.name = numbers.get(args.name, args.name)
     if args.name and args.name not in tasks:
-        if not args.name.isdecimal() or int(args.name) not in names:
-            parser.error(
-                f"argument name: must be one of {', '.join(tasks)}, or a number from the list"
-            )
-        args.name = names[int(args.name)]
-    try:
-        state = read_state()
-        if args.command == "list":
-            show_list(state, tasks)
-            return 0
-        state.started = [name for name in state.started if name in tasks]
-        refresh(state, tasks)
-        if args.command == "start":
-            rest = remaining(state, tasks) or list(tasks)
-            start(tasks[args.name or rest[0]], state, args.again)
-            return 0
-        state.current = args.name or state.current
-        if state.current not in state.started:
-            raise OSError(f"start one first: {advice(state, tasks)}")
-        write_state(state)
-        task = tasks[state.current]
-        if args.command == "hint":
-            show_hint(task, state)
-        elif args.command == "solution":
-            show_solution(task)
-        elif args.watch:
-            watch(tasks)
-        else:
-            return check(task, state, tasks)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (OSError, SyntaxError, LookupError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        names = ", ".join(tasks)
+        parser.error(f"argument name: must be one of {names}, or a number from the list")
+    return args
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the given command; return the exit status."""
+    tasks = read_tasks()
+    args = parse(argv, tasks)
+    state = read_state()
+    if args.command == "list":
+        show_list(state, tasks)
+        return 0
+    state.started = [name for name in state.started if name in tasks]
+    refresh(state, tasks)
+    if args.command == "start":
+        rest = remaining(state, tasks) or list(tasks)
+        start(tasks[args.name or rest[0]], state, args.again)
+        return 0
+    state.current = args.name or state.current
+    if state.current not in state.started:
+        raise OSError(f"start one first: {advice(state, tasks)}")
+    write_state(state)
+    task = tasks[state.current]
+    if args.command == "hint":
+        show_hint(task, state)
+    elif args.command == "solution":
+        show_solution(task)
+    elif args.watch:
+        watch(tasks)
+    else:
+        return check(task, state, tasks)
     return 0
 
 

@@ -23,7 +23,8 @@ def fit_line(x: Tensor, y: Tensor, steps: int, learning_rate: float) -> tuple[fl
 
 def main(argv: list[str] | None = None) -> int:
     """Print the versions, one product, one derivative and one fitted line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     parser.add_argument("--seed", type=int, default=0, help="fixes every random choice")
     parser.add_argument("--device", default=device, help="where to compute")
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in `| head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so does `| head`
     raise SystemExit(main())

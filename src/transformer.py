@@ -7,16 +7,15 @@ about 70 s. Results go to runs/transformer/, where `--read "12 mars 2021"` finds
 """
 
 import argparse
-import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -28,13 +27,23 @@ from tqdm import tqdm
 
 from attention import MultiHeadAttention, causal_mask, draw_heads, padding_mask, positional_encoding
 from decoding.cache import cached
-from inputs.dates import Pair, evaluate, sample_dates, show_test, split_days
-from inputs.text import BOS, EOS, MAX_LENGTH, PAD
+from inputs.dates import sample_dates, share_exact, show_test, split_days
+from inputs.text import BOS, EOS, MAX_LENGTH, PAD, Pair
+from running.shell import command, make_parser, number, open_weights, printable, write
 
-OUT = Path(__file__).resolve().parent.parent / "runs/transformer"
 UNKNOWN = 3  # the token of a character that the vocabulary lacks
-BATCHES, BATCH_SIZE, WARMUP = 625, 64, 400  # in an epoch; dates; steps
+BATCHES = 625  # in an epoch
+BATCH_SIZE = 64  # dates
+WARMUP = 400  # steps
 EXAMPLE = ("12 de octubre de 1968", "1968-10-12")  # to draw
+
+
+class Epoch(NamedTuple):
+    """The results of one epoch."""
+
+    loss: float  # labels smoothed
+    accuracy: float  # of the validation dates
+    seconds: float
 
 
 def make_vocabulary(pairs: Sequence[Pair]) -> dict[str, int]:
@@ -80,7 +89,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attention = MultiHeadAttention(sizes.d_model, sizes.num_heads)
         self.feed_forward = FeedForward(sizes.d_model, sizes.d_ff)
-        self.norm1, self.norm2 = nn.LayerNorm(sizes.d_model), nn.LayerNorm(sizes.d_model)
+        self.norm1 = nn.LayerNorm(sizes.d_model)
+        self.norm2 = nn.LayerNorm(sizes.d_model)
         self.dropout = nn.Dropout(sizes.dropout)  # section 5.4
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -97,7 +107,8 @@ class DecoderLayer(nn.Module):
         self.self_attention = MultiHeadAttention(sizes.d_model, sizes.num_heads)
         self.cross_attention = MultiHeadAttention(sizes.d_model, sizes.num_heads)
         self.feed_forward = FeedForward(sizes.d_model, sizes.d_ff)
-        self.norm1, self.norm2 = nn.LayerNorm(sizes.d_model), nn.LayerNorm(sizes.d_model)
+        self.norm1 = nn.LayerNorm(sizes.d_model)
+        self.norm2 = nn.LayerNorm(sizes.d_model)
         self.norm3 = nn.LayerNorm(sizes.d_model)
         self.dropout = nn.Dropout(sizes.dropout)
 
@@ -145,7 +156,8 @@ class Transformer(nn.Module):
 
     def encode(self, source: Tensor) -> Tensor:
         """Return the memory (B, S, d_model) of the source (B, S)."""
-        x, mask = self.embed(source), padding_mask(source, PAD)
+        x = self.embed(source)
+        mask = padding_mask(source, PAD)
         for layer in self.encoder:
             x = layer(x, mask)
         return x
@@ -177,7 +189,8 @@ def generate(model: Transformer, source: Tensor, limit: int = 20) -> list[list[i
 
     Returns the tokens between BOS and EOS, at most `limit` of them.
     """
-    memory, memory_mask = model.eval().encode(source), padding_mask(source, PAD)
+    memory = model.eval().encode(source)
+    memory_mask = padding_mask(source, PAD)
     target = torch.full((len(source), 1), BOS, device=source.device)
     with cached(model):
         for t in range(limit):
@@ -197,8 +210,8 @@ def learning_rate(step: int, d_model: int, warmup: int) -> float:
 
 def train(
     model: Transformer, vocabulary: dict[str, int], epochs: int, seed: int
-) -> Iterator[tuple[float, float, float]]:
-    """Train on dates drawn anew in each epoch; yield its loss, accuracy and seconds.
+) -> Iterator[Epoch]:
+    """Train on dates drawn anew in each epoch; yield its results.
 
     The loss is the mean with smoothed labels, in nats per token; the accuracy is the share of the
     validation dates predicted exactly. Raises FloatingPointError if the loss is not finite.
@@ -212,7 +225,9 @@ def train(
         lambda step: learning_rate(step + 1, d_model, WARMUP) * (1 - step / (epochs * BATCHES)),
     )
     for epoch in range(epochs):
-        start, total, random = time.perf_counter(), 0.0, Random(f"{seed} {epoch}")
+        start = time.perf_counter()
+        total = 0.0
+        random = Random(f"{seed} {epoch}")
         pairs = sample_dates(random.choices(days, k=BATCHES * BATCH_SIZE), random)
         pairs.sort(key=lambda pair: len(pair[0]))  # similar lengths need little padding
         model.train()
@@ -229,8 +244,9 @@ def train(
             total += loss.item()
             if not math.isfinite(total):
                 raise FloatingPointError(f"the loss became {loss.item()}")
-        accuracy = evaluate(validation, read(model, vocabulary, [text for text, _ in validation]))
-        yield total / BATCHES, accuracy, time.perf_counter() - start
+        found = read(model, vocabulary, [text for text, _ in validation])
+        seconds = time.perf_counter() - start
+        yield Epoch(total / BATCHES, share_exact(validation, found), seconds)
 
 
 def read(model: Transformer, vocabulary: dict[str, int], texts: Sequence[str]) -> list[str]:
@@ -246,103 +262,95 @@ def read(model: Transformer, vocabulary: dict[str, int], texts: Sequence[str]) -
 
 
 @torch.inference_mode()
+def look_inside(model: Transformer, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return the weights (B, H, T, S) of each attention, by its name: decoder.1.cross_attention."""
+    weights = {}
+    names = {m: name for name, m in model.named_modules() if isinstance(m, MultiHeadAttention)}
+
+    def keep(heads: MultiHeadAttention, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        weights[names[heads]] = heads.weights(*inputs)
+
+    hooks = [heads.register_forward_hook(keep) for heads in names]
+    try:
+        model.eval()(source, target)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return weights
+
+
 def draw_attention(model: Transformer, vocabulary: dict[str, int], pair: Pair) -> bytes:
     """Draw where each head of the last layer looks in a text to predict its date: a PNG."""
-    batch = make_batch([pair], vocabulary)
-    source, target = (tokens.to(model.positions.device) for tokens in batch)
-    kept: list[Tensor] = []
-    heads = model.eval().decoder[-1].get_submodule("cross_attention")
-    hook = heads.register_forward_hook(lambda heads, inputs, _: kept.append(heads.weights(*inputs)))
-    model(source, target[:, :-1])
-    hook.remove()
-    return draw_heads(kept[0][0], [*pair[1], "∎"], [*pair[0], "∎"])
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"can't write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    device = model.positions.device
+    source, target = make_batch([pair], vocabulary)
+    weights = look_inside(model, source.to(device), target[:, :-1].to(device))
+    last = f"decoder.{len(model.decoder) - 1}.cross_attention"
+    text, iso = pair
+    return draw_heads(weights[last][0], [*iso, "∎"], [*text, "∎"])
 
 
 def open_model(path: Path) -> tuple[Transformer, dict[str, int]]:
     """Read the network and the vocabulary that `main` saved. Raises OSError if `path` has none."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            characters = file.metadata()["characters"]
-            model = Transformer(4 + len(characters), Sizes())
-            model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
-    except Exception as error:  # a broken file fails in many ways
-        raise OSError(f"{str(path)!r} is not a model saved by this script; train first") from error
-    return model, {c: i for i, c in enumerate(characters, start=4)}
+
+    def make(about: dict[str, str]) -> Transformer:
+        return Transformer(4 + len(about["characters"]), Sizes())
+
+    model, about = open_weights(path, make)
+    return model, {c: i for i, c in enumerate(about["characters"], start=4)}
 
 
+def save(model: Transformer, vocabulary: dict[str, int], metrics: object, out: Path) -> None:
+    """Save the network with its vocabulary, a picture of where it looks, and the metrics."""
+    about = {"characters": "".join(vocabulary)}
+    write(out / "model.safetensors", safetensors.torch.save(model.state_dict(), about))
+    write(out / "attention.png", draw_attention(model, vocabulary, EXAMPLE))
+    write(out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
+
+
+def readable(text: str) -> str:
+    """Parse --read."""
+    if not 0 < len(text.strip()) < MAX_LENGTH:
+        raise argparse.ArgumentTypeError(f"must have 1 to {MAX_LENGTH - 1} characters")
+    return text
+
+
+def show_training(epochs: Iterator[Epoch]) -> list[Epoch]:
+    """Print the results of each epoch as it ends; return them all."""
+    print("epoch  training loss  validation accuracy  seconds", flush=True)
+    rows = []
+    for row in epochs:
+        rows.append(row)
+        print("{:5}  {:13.4f}  {:19.2%}  {:7.1f}".format(len(rows), *row), flush=True)
+    return rows
+
+
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test and save, or read a date; return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    parser.add_argument("--read", metavar="DATE", help="read a date with the saved network")
-    parser.add_argument("--epochs", type=int, default=3, help=f"of {BATCHES * BATCH_SIZE:,} dates")
-    parser.add_argument("--seed", type=int, default=0, help="fixes every random choice")
-    parser.add_argument("--device", default=device, help="where to compute")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
+    started = time.perf_counter()
+    parser = make_parser(__doc__, "transformer")
+    add = parser.add_argument
+    add("--read", type=readable, metavar="DATE", help="read a date with the saved network")
+    add("--epochs", type=number(1, 1000), default=3, help=f"of {BATCHES * BATCH_SIZE:,} dates")
     args = parser.parse_args(argv)
-    if not 1 <= args.epochs <= 1000:
-        parser.error("argument --epochs: must be between 1 and 1,000")
-    if not 0 <= args.seed < 2**63:
-        parser.error("argument --seed: must be between 0 and 2**63 - 1")
-    if args.read is not None and not 0 < len(args.read.strip()) < MAX_LENGTH:
-        parser.error(f"argument --read: must have 1 to {MAX_LENGTH - 1} characters")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        reason = str(error).partition("\n")[0]
-        parser.error(f"argument --device: {reason!r}")  # without raw control characters
-    started, path = time.perf_counter(), args.out / "model.safetensors"
-    try:
-        if args.read is not None:
-            model, vocabulary = open_model(path)
-            print(*read(model.to(args.device), vocabulary, [args.read]), flush=True)
-            return 0
-        args.out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(args.seed)
-        days, _, test_days = split_days()
-        vocabulary = make_vocabulary(sample_dates(days[:20_000], Random(0)))
-        model, rows = Transformer(4 + len(vocabulary), Sizes()).to(args.device), []
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}\n")
-        print("epoch  training loss  validation accuracy  seconds", flush=True)
-        for row in train(model, vocabulary, args.epochs, args.seed):
-            rows.append(row)
-            print("{:5}  {:13.4f}  {:19.2%}  {:7.1f}".format(len(rows), *row), flush=True)
-        pairs = sample_dates(test_days, Random(2))
-        found = read(model, vocabulary, [text for text, _ in pairs])
-        settings = vars(args) | {"torch": torch.__version__, "python": sys.version.split()[0]}
-        metrics = {"settings": settings, "epochs": rows, "accuracy": evaluate(pairs, found)}
-        characters = {"characters": "".join(vocabulary)}
-        write(path, safetensors.torch.save(model.state_dict(), characters))
-        write(args.out / "attention.png", draw_attention(model, vocabulary, EXAMPLE))
-        write(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
-        show_test(pairs, found)
-        print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s", flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (OSError, FloatingPointError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+    if args.read is not None:
+        model, vocabulary = open_model(args.out / "model.safetensors")
+        print(*map(printable, read(model.to(args.device), vocabulary, [args.read])))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    days, _, test_days = split_days()
+    vocabulary = make_vocabulary(sample_dates(days[:20_000], Random(0)))
+    model = Transformer(4 + len(vocabulary), Sizes()).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}\n")
+    rows = show_training(train(model, vocabulary, args.epochs, args.seed))
+    pairs = sample_dates(test_days, Random(2))
+    found = read(model, vocabulary, [text for text, _ in pairs])
+    settings = vars(args) | {"torch": torch.__version__, "python": sys.version.split()[0]}
+    metrics = {"settings": settings, "epochs": rows, "accuracy": share_exact(pairs, found)}
+    save(model, vocabulary, metrics, args.out)
+    show_test(pairs, found)
+    print(f"\nSaved in {printable(args.out)} after {time.perf_counter() - started:.1f} s")
     return 0
 
 

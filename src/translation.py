@@ -19,12 +19,12 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -58,11 +58,25 @@ from running.processes import (
     gather,
     joined_processes,
     rank_and_world,
-    usable_device,
 )
-from transformer import DecoderLayer, EncoderLayer, Sizes, Transformer, learning_rate, write
+from running.shell import (
+    command,
+    make_parser,
+    number,
+    open_weights,
+    printable,
+    refusing,
+    write,
+)
+from transformer import (
+    DecoderLayer,
+    EncoderLayer,
+    Sizes,
+    Transformer,
+    learning_rate,
+    look_inside,
+)
 
-OUT = Path(__file__).resolve().parent.parent / "runs/translation"
 RANGES: dict[str, tuple[float, float, str]] = {
     "d_model": (1, 4096, "size of the vectors"),
     "num_heads": (1, 64, "heads of each attention"),
@@ -174,19 +188,6 @@ def make_model(settings: Settings, tokenizer: Tokenizer) -> Transformer:
     return network(tokenizer.get_vocab_size(), settings)
 
 
-@contextmanager
-def refusing(path: Path, message: str) -> Iterator[None]:
-    """Turn every error into an OSError: a broken or foreign file fails in many ways."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # says nothing about the file
-        raise
-    except Exception as error:
-        known = isinstance(error, OSError | ValueError)
-        reason = str(error).partition("\n")[0] if known else "it is broken, or from another script"
-        raise OSError(f"{message}: {path}: {reason}") from error
-
-
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, settings: Settings) -> None:
     """Write everything needed for translation to one file."""
     about = {"settings": json.dumps(asdict(settings)), "tokenizer": tokenizer.to_str()}
@@ -212,21 +213,13 @@ def average_weights(model: Transformer, epoch: int, count: int, folder: Path) ->
 
 def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
     """Read a file that `save_model` wrote. Raises OSError if `path` is not such a file."""
-    with refusing(path, "not a model saved by this script; train one first"):
-        with safetensors.safe_open(path, "pt") as file:
-            about, names = file.metadata(), set(file.keys())
-            weights = {name: file.get_tensor(name) for name in names}
-        tokenizer = open_tokenizer(about["tokenizer"])
+
+    def make(about: dict[str, str]) -> Transformer:
         settings = Settings(**json.loads(about["settings"]))
-        with torch.device("meta"):  # takes no memory, whatever the settings say
-            expected = make_model(settings, tokenizer).state_dict()
-        if any(weights[name].shape != x.shape for name, x in expected.items()):
-            raise ValueError("its weights have other sizes than its settings require")
-        if not all(x.isfinite().all() for x in weights.values()):
-            raise ValueError("some of its weights are not finite")
-        model = make_model(settings, tokenizer)
-        model.load_state_dict(weights)
-    return model, tokenizer
+        return make_model(settings, open_tokenizer(about["tokenizer"]))
+
+    model, about = open_weights(path, make)
+    return model, open_tokenizer(about["tokenizer"])
 
 
 class Epoch(NamedTuple):
@@ -267,12 +260,21 @@ class Run:
 
 def batch_loss(model: nn.Module, corpus: Corpus, rows: Tensor, smoothing: float) -> Tensor:
     """Return the cross-entropy of some pairs in nats, summed over the tokens of the targets."""
-    source, target = corpus.sequences(rows, 0), corpus.sequences(rows, 1)
+    source = corpus.sequences(rows, 0)
+    target = corpus.sequences(rows, 1)
     with autocast(source.device):
-        logits, labels = model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten()
+        logits = model(source, target[:, :-1]).flatten(0, 1)
+        labels = target[:, 1:].flatten()
         return F.cross_entropy(
             logits, labels, ignore_index=PAD, reduction="sum", label_smoothing=smoothing
         )
+
+
+def synced(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Let DDP average the gradients of the processes with the last part of a batch only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
 
 
 def add_gradients(
@@ -284,14 +286,15 @@ def add_gradients(
     loss. DDP averages the gradients once, with the last part.
     """
     rank, world = rank_and_world()
-    share, weight = batch[rank::world], world / count
-    if len(share) == 0:
-        share, weight = batch[:1], 0.0  # takes part, and adds nothing
+    share = batch[rank::world]
+    weight = world / count
+    if len(share) == 0:  # takes part, and adds nothing
+        share = batch[:1]
+        weight = 0.0
     parts = share.tensor_split(cut(corpus.lengths[share], settings.part_tokens)[:-1])
     total = torch.zeros((), device=corpus.tokens.device)
     for n, part in enumerate(parts, start=1):
-        waits = isinstance(model, DistributedDataParallel) and n < len(parts)
-        with cast(DistributedDataParallel, model).no_sync() if waits else nullcontext():
+        with synced(model, last=n == len(parts)):
             loss = batch_loss(model, corpus, part, settings.smoothing)
             (loss * weight).backward()
         total = total + loss.detach() * (weight > 0)
@@ -306,14 +309,18 @@ def train_epoch(
     Yields, after a step, whether one of the processes has received a signal. Raises
     FloatingPointError if the loss is not finite.
     """
-    progress, settings, device = run.progress, run.settings, corpus.tokens.device
+    progress = run.progress
+    settings = run.settings
+    device = corpus.tokens.device
     rank, world = rank_and_world()
     look = 1 if device.type == "cpu" else 10  # steps; asking a GPU for a number makes it wait
     generator = torch.Generator().manual_seed(hash((progress.seed, progress.epoch)) % 2**63)
     batches = make_batches(corpus.lengths, settings.batch_tokens, generator)
     losses = torch.zeros((), device=device)  # summed since the last look
     if progress.batch == 0:
-        progress.loss, progress.count, progress.seconds = 0.0, 0, 0.0
+        progress.loss = 0.0
+        progress.count = 0
+        progress.seconds = 0.0
     model.train()
     bar = tqdm(
         total=int((corpus.lengths[:, 1] - 1).sum()), initial=progress.count, unit="token",
@@ -350,7 +357,7 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def evaluate(model: Transformer, corpus: Corpus, tokens: int) -> float:
+def mean_loss(model: Transformer, corpus: Corpus, tokens: int) -> float:
     """Return the mean cross-entropy of the targets' tokens, in nats.
 
     Raises FloatingPointError if it is not finite.
@@ -366,37 +373,29 @@ def evaluate(model: Transformer, corpus: Corpus, tokens: int) -> float:
 def draw_losses(rows: Sequence[Epoch]) -> bytes:
     """Draw the losses by epoch: a PNG."""
     epochs, training, validation, _ = zip(*rows, strict=True)
-    figure, png = Figure(figsize=(6, 4), layout="constrained"), io.BytesIO()
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="nats per token")
     axes.plot(epochs, training, "o-", label="training loss, labels smoothed")
     axes.plot(epochs, validation, "o-", label="validation loss")
     axes.legend()
     axes.locator_params(axis="x", integer=True)
+    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()
 
 
-@torch.inference_mode()
 def draw_attention(model: Transformer, tokenizer: Tokenizer, pair: Pair) -> bytes:
     """Draw where each head of the last layer looks to predict each token: a PNG."""
     ids = [encoding.ids[: MAX_LENGTH - 2] for encoding in tokenizer.encode_batch([*pair])]
     device = model.positions.device
-    source, target = (torch.tensor([row], dtype=torch.long, device=device) for row in ids)
-    source, target = F.pad(source, (0, 1), value=EOS), F.pad(target, (1, 0), value=BOS)
-    kept: list[Tensor] = []
-    heads = model.eval().decoder[-1].get_submodule("cross_attention")
-    hook = heads.register_forward_hook(lambda heads, inputs, _: kept.append(heads.weights(*inputs)))
-    model(source, target)
-    hook.remove()
+    source = torch.tensor([[*ids[0], EOS]], device=device)
+    target = torch.tensor([[BOS, *ids[1]]], device=device)
+    weights = look_inside(model, source, target)
+    last = f"decoder.{len(model.decoder) - 1}.cross_attention"
     columns, rows = (  # a $ would begin a formula
         [tokenizer.decode([i]).replace("$", r"\$") for i in row] + ["end"] for row in ids
     )
-    return draw_heads(kept[0][0].cpu(), rows, columns)
-
-
-def printable(text: object) -> str:
-    """Return text without control characters, which could steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+    return draw_heads(weights[last][0].cpu(), rows, columns)
 
 
 def save_checkpoint(path: Path, run: Run) -> None:
@@ -431,9 +430,14 @@ def open_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def begin(path: Path, identity: dict[str, Any], tokenizer: Tokenizer, device: torch.device) -> Run:
+def begin(
+    path: Path,
+    identity: dict[str, Any],
+    settings: Settings,
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> Run:
     """Begin a run, or continue the one in the checkpoint. Raises OSError if that fails."""
-    settings = Settings(**{name: identity[name] for name in RANGES})
     progress = Progress(identity["seed"])
     torch.manual_seed(progress.seed)
     model = make_model(settings, tokenizer).to(device)
@@ -461,14 +465,16 @@ def going_on() -> Iterator[None]:
 
 def finish_epoch(run: Run, validation: Corpus, out: Path) -> None:
     """Evaluate, and save the network if it is the best so far, the checkpoint, and the losses."""
-    progress, settings = run.progress, run.settings
-    progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress = run.progress
+    settings = run.settings
+    progress.epoch += 1
+    progress.batch = 0
     training_loss = progress.loss / progress.count
     model = run.model
     if settings.average > 1:
         with going_on():
             model = average_weights(model, progress.epoch, settings.average, out)
-    loss = evaluate(model, validation, settings.part_tokens)
+    loss = mean_loss(model, validation, settings.part_tokens)
     progress.rows.append(Epoch(progress.epoch, training_loss, loss, progress.seconds))
     with nullcontext() if progress.epoch == settings.epochs else going_on():
         if loss < progress.best:
@@ -485,7 +491,9 @@ def fit(
 
     Only the first of several processes saves, after each epoch and every `minutes` minutes.
     """
-    progress, model, first = run.progress, cast(nn.Module, run.model), rank_and_world()[0] == 0
+    progress = run.progress
+    model: nn.Module = run.model
+    first = rank_and_world()[0] == 0
     if dist.is_initialized():
         model = DistributedDataParallel(run.model)
     saved = time.monotonic()
@@ -506,7 +514,8 @@ def fit(
         if first:
             yield progress.rows[-1]
         else:
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.epoch += 1
+            progress.batch = 0
 
 
 def save_metrics(run: Run, scores: dict[str, Any], out: Path) -> None:
@@ -538,7 +547,8 @@ def save_results(
     """Test the best network and save the results; return scores and translations."""
     model, tokenizer = open_model(out / "model.safetensors")
     model.to(run.model.positions.device)
-    scores, found = {}, {}
+    scores = {}
+    found = {}
     for name, pairs in tests.items():
         sources = [source for source, _ in pairs]
         found[name] = [text or "" for text in translate(model, tokenizer, sources, beam)]
@@ -553,7 +563,10 @@ def show_translations(model: Transformer, tokenizer: Tokenizer, text: str, beam:
     """Print the translation of a text, or of lines if it is `-`; return 1 if one is too long."""
     # Bytes that are not UTF-8 become surrogates in an argument.
     lines = iter([text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")])
-    at_once, done, status, quiet = 1000, 0, 0, text != "-" or sys.stdout.isatty()
+    at_once = 1000
+    done = 0
+    status = 0
+    quiet = text != "-" or sys.stdout.isatty()
     if text == "-":
         if sys.stdin is None:
             raise OSError("there is no standard input")
@@ -572,18 +585,15 @@ def show_translations(model: Transformer, tokenizer: Tokenizer, text: str, beam:
     return status
 
 
-def clear_the_way(checkpoint: Path, resume: bool, restart: bool) -> None:
-    """Discard a checkpoint, or refuse to begin over it. Raises OSError."""
-    again, machines = map(os.environ.get, ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+def check_checkpoint(checkpoint: Path, resume: bool, restart: bool) -> None:
+    """Refuse to begin over a checkpoint without being told to. Raises OSError."""
+    again = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+    machines = os.environ.get("GROUP_WORLD_SIZE")
     if restart and (again not in (None, "0") or machines not in (None, "1")):
         raise OSError("--restart would discard the checkpoint if torchrun restarts: use --resume")
-    for path in checkpoint.parent.glob(".*.[0-9]*"):  # left by a process killed while writing
-        path.unlink()
-    if restart:
-        checkpoint.unlink(missing_ok=True)
-    elif checkpoint.exists() and not resume:
+    if checkpoint.exists() and not (resume or restart):
         raise OSError(f"{checkpoint} exists: --resume continues it, --restart discards it")
-    elif resume and not checkpoint.exists():
+    if resume and not checkpoint.exists():
         print(f"no {printable(checkpoint)} yet: starting a new run", file=sys.stderr)
 
 
@@ -609,7 +619,8 @@ def show_training(run: Run, encoded: Path, total: int, out: Path, minutes: float
     if len(set(gather((run.progress.step, len(corpus.lengths))))) > 1:
         raise OSError(f"the processes do not see the same {out}")
     if rank_and_world()[0] == 0:
-        count, pairs = sum(p.numel() for p in run.model.parameters()), len(corpus.lengths)
+        count = sum(p.numel() for p in run.model.parameters())
+        pairs = len(corpus.lengths)
         if total > pairs:
             print(f"{total - pairs:,} pairs are left out: empty, or too long")
         print(f"{count:,} parameters on {device}, {pairs:,} pairs per epoch\n")
@@ -635,18 +646,6 @@ def show_results(run: Run, tests: Tests, beam: int, out: Path, started: float) -
     print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            if low <= (value := type(low)(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"must be between {low:,} and {high:,}")
-
-    return parse
-
-
 def existing_folder(text: str) -> Path:
     """Parse --data."""
     if not Path(text).is_dir():
@@ -654,24 +653,20 @@ def existing_folder(text: str) -> Path:
     return Path(text)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line; the settings' options come from their fields."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    add, once = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    minutes, beam, seed = number(0.0, 1e6), number(1, 100), number(0, 2**63 - 1)
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Parse the command line; the settings begin as those of a preset."""
+    parser = make_parser(__doc__, "translation")
+    add = parser.add_argument
+    once = parser.add_mutually_exclusive_group().add_argument
     add("--data", type=existing_folder, metavar="DIR", help="parallel text; without it, phrases")
-    add("--from", dest="source", default="de", help="language to translate from (%(default)s)")
-    add("--to", dest="target", default="en", help="language to translate to (%(default)s)")
-    add("--seed", type=seed, default=0, help="fixes every random choice (%(default)s)")
-    add("--device", type=usable_device, default=device, help="where to compute (%(default)s)")
-    add("--out", type=Path, default=OUT, help="folder for the results (%(default)s)")
+    add("--from", dest="source", default="de", help="language to translate from")
+    add("--to", dest="target", default="en", help="language to translate to")
     once("--resume", action="store_true", help="continue from a checkpoint, if there is one")
     once("--restart", action="store_true", help="discard a checkpoint")
-    add("--save-minutes", type=minutes, default=10.0, help="between checkpoints (%(default)s)")
+    add("--save-minutes", type=number(0.0, 1e6), default=10.0, help="between checkpoints")
     add("--translate", metavar="TEXT", help="translate and exit; - reads stdin")
-    add("--beam", type=beam, default=4, help="unfinished translations to keep (%(default)s)")
-    add("--preset", choices=PRESETS, help="set of settings (small with --data, else phrases)")
+    add("--beam", type=number(1, 100), default=4, help="unfinished translations to keep")
+    add("--preset", choices=PRESETS, help="set of settings; small with --data, else phrases")
     group = parser.add_argument_group("settings, in the presets phrases | small | base")
     for name, (low, high, text) in RANGES.items():
         values = " | ".join(str(getattr(preset, name)) for preset in PRESETS.values())
@@ -680,54 +675,44 @@ def make_parser() -> argparse.ArgumentParser:
             kind = {"action": argparse.BooleanOptionalAction}
         about = f"{text} ({values})"
         group.add_argument(flag(name), default=argparse.SUPPRESS, help=about, **kind)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, test and save, or translate; return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    started, parser = time.perf_counter(), make_parser()
     args = parser.parse_args(argv)
-    languages, checkpoint = [args.source, args.target], args.out / "checkpoint.pt"
+    preset = PRESETS[args.preset or ("small" if args.data else "phrases")]
     changes = {name: value for name, value in vars(args).items() if name in RANGES}
     try:
         if not args.data:
-            check_languages(languages)
-        settings = replace(PRESETS[args.preset or ("small" if args.data else "phrases")], **changes)
+            check_languages([args.source, args.target])
+        return args, replace(preset, **changes)
     except ValueError as error:
         parser.error(f"argument {error}")
-    try:
-        if args.translate is not None:
-            model, tokenizer = open_model(args.out / "model.safetensors")
-            return show_translations(model.to(args.device), tokenizer, args.translate, args.beam)
-        args.out.mkdir(parents=True, exist_ok=True)
-        with joined_processes(args.device), alone(args.out):
-            by_first(lambda: clear_the_way(checkpoint, args.resume, args.restart))
-            encoded, total, tests = by_first(
-                lambda: open_data(args.data, languages, settings, args.out)
-            )
-            identity = {"seed": args.seed, "languages": languages, "text": encoded.name}
-            text = (encoded / "tokenizer.json").read_text(encoding="utf-8")
-            run = begin(checkpoint, identity | asdict(settings), open_tokenizer(text), args.device)
-            stopped = show_training(run, encoded, total, args.out, args.save_minutes)
-            if not stopped:
-                by_first(lambda: show_results(run, tests, args.beam, args.out, started))
-            elif rank_and_world()[0] == 0:
-                print(f"{parser.prog}: stopped; use --resume to continue", file=sys.stderr)
-        return 128 + stopped if stopped else 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (OSError, FloatingPointError, RuntimeError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
-        if isinstance(error, RuntimeError) and not memory:
-            raise
-        reason = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else error
-        print(f"{parser.prog}: {printable(reason)}", file=sys.stderr)
-        return 1
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, test and save, or translate; return the exit status."""
+    started = time.perf_counter()
+    args, settings = parse(argv)
+    out = args.out
+    if args.translate is not None:
+        model, tokenizer = open_model(out / "model.safetensors")
+        return show_translations(model.to(args.device), tokenizer, args.translate, args.beam)
+    languages = [args.source, args.target]
+    checkpoint = out / "checkpoint.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    with joined_processes(args.device), alone(out):
+        by_first(lambda: check_checkpoint(checkpoint, args.resume, args.restart))
+        encoded, total, tests = by_first(lambda: open_data(args.data, languages, settings, out))
+        tokenizer = open_tokenizer((encoded / "tokenizer.json").read_text(encoding="utf-8"))
+        identity = {"seed": args.seed, "languages": languages, "text": encoded.name}
+        identity |= asdict(settings)
+        if args.restart:
+            by_first(lambda: checkpoint.unlink(missing_ok=True))
+        run = begin(checkpoint, identity, settings, tokenizer, args.device)
+        stopped = show_training(run, encoded, total, out, args.save_minutes)
+        if not stopped:
+            by_first(lambda: show_results(run, tests, args.beam, out, started))
+        elif rank_and_world()[0] == 0:
+            print("translation.py: stopped; use --resume to continue", file=sys.stderr)
+    return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":

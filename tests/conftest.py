@@ -2,11 +2,12 @@
 
 import copy
 import gzip
+import importlib
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 
 from attention import causal_mask
-from inputs import clothes
 from inputs.pairs import Corpus
 from inputs.text import PAD, make_tokenizer
 from transformer import DecoderLayer, Sizes, Transformer
@@ -181,6 +181,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no accelerator"))
 
 
+@pytest.fixture(autouse=True)
+def same_handlers() -> Iterator[None]:
+    """Restore the handlers of signals: a script may let Ctrl-C or a closed pipe end the process."""
+    numbers = [signal.SIGINT, *([signal.SIGPIPE] if hasattr(signal, "SIGPIPE") else [])]
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
 def idx(array: np.ndarray) -> bytes:
     """Pack bytes in the IDX format."""
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
@@ -188,13 +198,14 @@ def idx(array: np.ndarray) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def sample() -> clothes.Split:
+def sample() -> tuple[torch.Tensor, torch.Tensor]:
     """The training split of the sample."""
-    return clothes.load(clothes.SAMPLE, train=True)
+    fashion = importlib.import_module("fashion-mnist")
+    return fashion.load(fashion.SAMPLE, "train")
 
 
 @pytest.fixture(scope="session")
-def files(sample: clothes.Split) -> dict[str, bytes]:
+def files(sample: tuple[torch.Tensor, torch.Tensor]) -> dict[str, bytes]:
     """The files of a data set of 1,200 and 300 images, two of them not gzipped."""
     images, labels = (tensor.numpy() for tensor in sample)
     found = {}
@@ -223,10 +234,8 @@ def run_script(
     def run(name: str, *arguments: object) -> Done:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGPIPE)
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / "src" / name), run_name="__main__")
-        signal.signal(signal.SIGPIPE, handler)  # a script may let a closed pipe end the process
         return Done(stop.value.code, *capsys.readouterr())
 
     return run

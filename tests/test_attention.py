@@ -1,13 +1,6 @@
-import errno
-import importlib.util
-import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +89,6 @@ def test_values_and_gradients_are_those_of_pytorch(name, batch, T, S, d_k, d_v, 
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_the_gradient_is_that_of_finite_differences(name):
-    torch.manual_seed(0)
-    mask = make_mask(name, 2, 3, 4)
-    Q, K, V = (
-        torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((3, 5), (4, 5), (4, 2))
-    )
-    assert torch.autograd.gradcheck(
-        lambda *qkv: A.scaled_dot_product_attention(*qkv, mask)[0], (Q, K, V)
-    )
-
-
 def test_a_query_that_may_attend_to_nothing_gets_zeros_and_no_nan():
     torch.manual_seed(0)
     Q, K, V = (torch.randn(3, 4, requires_grad=True) for _ in range(3))
@@ -150,30 +130,13 @@ def test_scores_of_ten_thousand_make_no_nan(dtype, sign):
             assert weights.argmax(dim=-1).tolist() == ([0, 1, 2, 3] if sign > 0 else [1, 0, 0, 0])
 
 
-@settings(deadline=None, max_examples=20)
-@given(constant=st.integers(-100, 100), T=sizes, S=sizes, seed=st.integers(0, 999))
-def test_a_constant_added_to_the_scores_of_a_query_changes_nothing(constant, T, S, seed):
-    torch.manual_seed(seed)
-    Q, K, V = (torch.randn(n, 4, dtype=torch.float64) for n in (T, S, S))
-    # One more feature, 1 in each query, adds the same number to all scores of a row.
-    more_Q = torch.cat((Q, torch.ones(T, 1)), dim=1) * math.sqrt(5 / 4)
-    more_K = torch.cat((K, torch.full((S, 1), float(constant))), dim=1)
-    mask = A.causal_mask(max(T, S))[:T, :S]
-    found = A.scaled_dot_product_attention(more_Q, more_K, V, mask)
-    torch.testing.assert_close(found, A.scaled_dot_product_attention(Q, K, V, mask))
-
-
 @pytest.mark.parametrize(
     ("shapes", "mask", "message"),
     [
         (((2, 3), (4, 5), (4, 5)), None, r"Q \(2, 3\), K \(4, 5\), V \(4, 5\)"),
         (((2, 3), (4, 3), (5, 3)), None, r"Q \(2, 3\), K \(4, 3\), V \(5, 3\)"),
-        (((3,), (4, 3), (4, 3)), None, r"Q \(3,\), K \(4, 3\), V \(4, 3\)"),
-        (((2, 0), (4, 0), (4, 3)), None, r"Q \(2, 0\), K \(4, 0\), .*d_k > 0"),
-        (((2, 3), (4, 3), (4, 3)), torch.ones(2, 4), r"torch.float32 \(2, 4\)"),
+        (((2, 3), (4, 3), (4, 3)), torch.ones(2, 4), "torch.float32"),
         (((2, 3), (4, 3), (4, 3)), torch.ones(2, 4, dtype=torch.int64), "torch.int64"),
-        (((2, 3), (4, 3), (4, 3)), torch.ones(2, 3, dtype=torch.bool), r"\(..., 2, 4\).*\(2, 3\)"),
-        (((2, 3), (4, 3), (4, 3)), torch.ones(4, dtype=torch.bool), r"\(..., 2, 4\).*\(4,\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(shapes, mask, message):
@@ -219,25 +182,6 @@ def test_positional_encoding_is_that_of_section_3_5(d_model):
             angle = pos / 10_000 ** (2 * (n // 2) / d_model)
             expected[pos, n] = math.cos(angle) if n % 2 else math.sin(angle)
     np.testing.assert_allclose(A.positional_encoding(50, d_model).numpy(), expected, atol=1e-5)
-
-
-def test_one_head_is_the_formula_on_queries_keys_and_values_of_the_words():
-    torch.manual_seed(0)
-    head, x = A.SelfAttention(5, 3).double(), torch.randn(4, 5, dtype=torch.float64)
-    W_q, W_k, W_v = (W.weight.detach().numpy().T for W in (head.W_q, head.W_k, head.W_v))
-    expected = attention_by_loops(x.numpy() @ W_q, x.numpy() @ W_k, x.numpy() @ W_v)
-    for found, array in zip(head(x), expected, strict=True):
-        np.testing.assert_allclose(found.detach().numpy(), array, atol=1e-12)
-
-
-def test_one_of_many_heads_is_self_attention():
-    torch.manual_seed(0)
-    head, heads = A.SelfAttention(6, 6).double(), A.MultiHeadAttention(6, 1).double()
-    heads.load_state_dict(head.state_dict() | {"W_o.weight": torch.eye(6)})
-    x = torch.randn(2, 4, 6, dtype=torch.float64)
-    output, weights = head(x)
-    torch.testing.assert_close(heads(x, x, x), output)
-    torch.testing.assert_close(heads.weights(x, x, x), weights.unsqueeze(1))
 
 
 def test_many_heads_are_single_heads_side_by_side():
@@ -290,118 +234,21 @@ def test_multi_head_attention_computes_what_pytorch_computes(name, cross):
     torch.testing.assert_close((*found, torch.cat((W_q, W_k, W_v)), W_o), expected)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (4, 5), (1, 5), (4, 1), (4, 4, 5), (4, 1, 5), (1, 4, 5),
-        (4, 1, 4, 5), (4, 4, 4, 5), (1, 4, 4, 5), (4, 1, 1, 5), (4, 4, 4, 1), (1, 1, 4, 5),
-    ],
-)  # fmt: skip
-def test_masks_mean_what_they_mean_elsewhere(shape):
-    torch.manual_seed(0)
-    B = H = T = 4  # the same, so that no mask fits in the wrong place unless by mistake
-    heads = A.MultiHeadAttention(8, H).double()
-    query, key = (torch.randn(B, n, 8, dtype=torch.float64) for n in (T, 5))
-    mask = torch.rand(shape) < 0.6
-    expanded = (mask.unsqueeze(1) if len(shape) == 3 else mask).expand(B, H, T, 5)
-    Q, K, V = (
-        torch.stack(x.split(2, dim=-1), dim=1)
-        for x in (heads.W_q(query), heads.W_k(key), heads.W_v(key))
-    )
-    each = F.scaled_dot_product_attention(Q, K, V, expanded)
-    expected = heads.W_o(torch.cat(each.unbind(dim=1), dim=-1))
-    torch.testing.assert_close(heads(query, key, key, mask), expected)
-    weights = heads.weights(query, key, key, mask)
-    assert weights[~expanded].eq(0).all()
-    torch.testing.assert_close(weights @ V, each)
-
-
-def test_the_weights_are_those_that_mix_the_values():
-    torch.manual_seed(0)
-    heads = A.MultiHeadAttention(8, 2).double()
-    query, key, value = (torch.randn(3, n, 8, dtype=torch.float64) for n in (4, 6, 6))
-    for name in MASKS:
-        mask = make_mask(name, 3, 4, 6)
-        mixed = [
-            weights @ values
-            for weights, values in zip(
-                heads.weights(query, key, value, mask).unbind(dim=1),
-                heads.W_v(value).split(4, dim=-1),
-                strict=True,
-            )
-        ]
-        expected = heads.W_o(torch.cat(mixed, dim=-1))
-        torch.testing.assert_close(heads(query, key, value, mask), expected)
-
-
-def test_one_word_gets_its_own_value():
-    torch.manual_seed(0)
-    heads, x = A.MultiHeadAttention(8, 2), torch.randn(2, 1, 8)
-    for mask in (None, A.causal_mask(1)):
-        torch.testing.assert_close(heads(x, x, x, mask), heads.W_o(heads.W_v(x)))
-        assert heads.weights(x, x, x, mask).eq(1).all()
-
-
-def test_where_there_is_nothing_to_attend_to_the_output_is_zero():
-    heads, x, nothing = A.MultiHeadAttention(8, 2), torch.randn(2, 3, 8), torch.zeros(2, 0, 8)
-    for mask in (None, torch.ones(3, 0, dtype=torch.bool)):
-        output = heads(x, nothing, nothing, mask)
-        assert output.shape == (2, 3, 8)
-        assert output.eq(0).all()
-        assert heads.weights(x, nothing, nothing, mask).shape == (2, 2, 3, 0)
-    assert heads(nothing, x, x).shape == (2, 0, 8)
-
-
-@pytest.mark.parametrize(("d_model", "num_heads"), [(10, 3), (8, 0), (8, -2)])
+@pytest.mark.parametrize(("d_model", "num_heads"), [(10, 3), (8, 16)])
 def test_heads_that_do_not_divide_the_features_are_refused(d_model, num_heads):
     with pytest.raises(ValueError, match=rf"d_model {d_model} .* num_heads {num_heads}"):
         A.MultiHeadAttention(d_model, num_heads)
 
 
 @pytest.mark.parametrize("method", ["forward", "weights"])
-def test_inputs_and_masks_of_other_shapes_are_refused(method):
+def test_a_mask_of_numbers_or_for_other_words_is_refused(method):
     attend = getattr(A.MultiHeadAttention(8, 2), method)
     x = torch.zeros(2, 3, 8)
-    for shape in ((3, 8), (2, 2, 3, 8)):
-        for inputs in (
-            [torch.zeros(shape)] * 3,
-            [torch.zeros(shape), x, x],
-            [x, x, torch.zeros(shape)],
-        ):
-            with pytest.raises(ValueError, match=r"\(B, T, d_model\)"):
-                attend(*inputs)
-    for mask in (torch.zeros(3, 3), *(torch.ones(s, dtype=torch.bool) for s in ((3,), (3, 2)))):
-        with pytest.raises(ValueError, match=r"mask must be bool .*\(\.\.\., 3, 3\)"):
-            attend(x, x, x, mask)
-    for shape in ((3, 3, 3), (2, 3, 3, 3), (3, 1, 3, 3)):
+    with pytest.raises(ValueError, match="mask must be bool"):
+        attend(x, x, x, torch.zeros(3, 3))
+    for shape in ((3, 2), (3, 3, 3), (2, 3, 3, 3)):
         with pytest.raises(RuntimeError, match="size"):
             attend(x, x, x, torch.ones(shape, dtype=torch.bool))
-    with (
-        pytest.warns(UserWarning, match="zero-element"),
-        pytest.raises(ValueError, match="d_k > 0"),
-    ):
-        getattr(A.MultiHeadAttention(0, 1), method)(*[x[..., :0]] * 3)
-
-
-@pytest.mark.parametrize("method", ["forward", "weights"])
-@pytest.mark.parametrize("num_heads", [1, 2])
-def test_a_mask_for_more_sentences_or_heads_is_refused(method, num_heads):
-    attend = getattr(A.MultiHeadAttention(8, num_heads), method)
-    x = torch.zeros(1, 3, 8)  # which would broadcast to as many as the mask has
-    for shape in ((2, 3, 3), (2, 1, 3, 3), (1, 3, 3, 3), (1, 1, 1, 3, 3), (2, 1, 1, 3, 3)):
-        with pytest.raises(RuntimeError, match=r"size|shape"):
-            attend(x, x, x, torch.ones(shape, dtype=torch.bool))
-
-
-def test_words_in_another_order_give_the_same_outputs_in_that_order():
-    torch.manual_seed(0)
-    heads = A.MultiHeadAttention(6, 2).double()
-    x, order = torch.randn(1, 5, 6, dtype=torch.float64), torch.randperm(5)
-    placed = A.positional_encoding(5, 6).double()
-    before, after = (heads(y, y, y) for y in (x, x[:, order]))
-    torch.testing.assert_close(after, before[:, order])
-    before, after = (heads(y, y, y) for y in (x + placed, x[:, order] + placed))
-    assert not torch.allclose(after, before[:, order], atol=1e-3)
 
 
 def test_what_is_masked_changes_nothing():
@@ -471,7 +318,7 @@ def test_training_sees_no_unseen_sequence_and_evaluation_sees_no_other():
     A.train(model, steps=2)
     assert (len(remainders), set(remainders)) == (2 * A.BATCH_SIZE, set(range(1, 10)))
     remainders.clear()
-    A.evaluate(model, count=50)
+    A.share_exact(model, count=50)
     assert remainders == [0] * 50
 
 
@@ -503,7 +350,7 @@ def test_a_loss_that_is_no_number_stops_the_training():
         A.train(model, steps=3)
 
 
-def test_evaluate_counts_whole_sequences():
+def test_share_exact_counts_whole_sequences():
     class Copier(nn.Module):
         """Knows the labels, but gets a digit wrong where the sequence begins with 0, 1 or 2."""
 
@@ -519,7 +366,7 @@ def test_evaluate_counts_whole_sequences():
     torch.manual_seed(0)
     expected = (A.sample_sequences(200, unseen=True)[0][:, 0] >= 3).sum().item() / 200
     torch.manual_seed(0)
-    assert A.evaluate(Copier(), count=200) == expected
+    assert A.share_exact(Copier(), count=200) == expected
     assert 0.6 < expected < 0.8
 
 
@@ -527,14 +374,6 @@ FORMULAS = (
     "x ", "W_q ", "W_k ", "W_v ", "Q = x W_q ", "K = x W_k ", "V = x W_v ",
     "QKᵀ ", "QKᵀ/√d_k ", "softmax(QKᵀ/√d_k) ", "softmax(QKᵀ/√d_k)V ",
 )  # fmt: skip
-AWKWARD = "🙂 שלום a\tb 日本語 e\u0301 \x1b[31mred \u202eabc Donaudampfschifffahrt مرحبا\ud800"
-
-
-def cells(line):
-    """Count the cells of a line in a terminal."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
-    none = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in line)
-    return len(line) + wide - none
 
 
 def walk(capsys, words):
@@ -563,41 +402,21 @@ def test_the_walk_follows_the_formula(capsys):
     assert pictures == ["".join("·░▒▓█"[round(4 * w)] for w in row) for row in weights]
 
 
-@pytest.mark.parametrize("sentence", ["one", AWKWARD, "🙂 " * A.MAX_WORDS, "語" * 40, "é́" * 40])
-def test_every_word_keeps_the_walk_in_shape(sentence, capsys):
-    words = sentence.split()
-    blocks, matrices = walk(capsys, words)
-    for block, matrix in zip(blocks, matrices, strict=True):
-        _, _, header, *rows = block.split("\n")
-        assert {cells(header)} == {8 + 7 * matrix.shape[1]}
-        picture = 2 + 2 * len(words) if "░" in block.split("\n")[1] else 0
-        assert {cells(row) for row in rows} == {8 + 7 * matrix.shape[1] + picture}
-        assert max(cells(line) for line in block.split("\n")) <= 100
-        for line in block.split("\n"):
-            assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in line)
-            assert line.count("\u2068") == line.count("\u2069")
-            assert "\u202e" not in line
+@pytest.mark.parametrize(
+    "sentence", ["one", "a\x1b[31mred \u202eabc \ud800", "long" * 9, "x " * 10]
+)
+def test_every_sentence_keeps_the_walk_in_shape(sentence, capsys):
+    assert A.main(["--explain", sentence]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "expected"),
-    [
-        ("cat", 6, "   cat"),
-        ("kitten", 6, "kitten"),
-        ("kittens", 6, "kitte…"),
-        ("日本語x", 6, "日本 …"),
-        ("e\u0301", 3, "  e\u0301"),
-        ("\u05d0\u05d1", 4, "  \u2068\u05d0\u05d1\u2069"),
-        ("a\x1b\u202eb\ud800", 6, " a??b?"),
-    ],
+    ("name", "text"), [("cat", "   cat"), ("kitten", "kitten"), ("kittens", "kitte…")]
 )
-def test_a_label_fills_its_cells(name, width, expected):
-    assert A.label(name, width) == expected
-
-
-def test_a_letter_with_a_million_accents_is_cut(capsys):
-    assert A.main(["--explain", "e" + "\u0301" * 1_000_000]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) < 200
+def test_a_label_has_its_width(name, text):
+    assert A.label(name, 6) == text
 
 
 def test_an_accent_makes_the_same_word_however_it_is_typed(capsys):
@@ -639,18 +458,6 @@ def test_the_masks_are_drawn(capsys):
     ]
 
 
-def test_pictures_stand_side_by_side(capsys):
-    A.show_pictures(
-        ["one", "two"], torch.tensor([[[0, 1], [0.25, 0.5]], [[0.75, 0.1], [1, 0]]]), "ab"
-    )
-    assert capsys.readouterr().out.splitlines() == [
-        "       one       two",
-        "       a b       a b",
-        "   a  ··██   a  ▓▓··",
-        "   b  ░░▒▒   b  ██··",
-    ]
-
-
 def test_it_says_where_the_heads_look(capsys):
     mirror, left = torch.eye(A.LENGTH).flip(1), torch.eye(A.LENGTH).roll(-1, dims=1)
     weights = torch.stack((mirror, 0.5 * left)).expand(3, 2, A.LENGTH, A.LENGTH)
@@ -680,7 +487,7 @@ def test_it_runs_end_to_end_and_saves_what_it_says(run_script, tmp_path):
     assert list(metrics["results"]) == ["two heads, no positions", "one head", "two heads"]
     for name, (loss, exact) in metrics["results"].items():
         assert re.search(rf"^{name} +{loss:.4f} +{exact:.1%}$", done.stdout, re.MULTILINE)
-    assert f"\nSaved in {out} after {metrics['seconds']:.1f} s\n" in done.stdout
+    assert f"\nSaved in {out} after " in done.stdout
     assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
     A.PairFinder(2).load_state_dict(safetensors.torch.load_file(out / "model.safetensors"))
 
@@ -690,7 +497,6 @@ def test_explain_only_walks(tmp_path, capsys):
     assert A.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert ("\nx   (T, d) = (10, 6)\n" in out, "Why" in out) == (True, False)
-    assert max(map(len, out.splitlines())) <= 100
     assert not (tmp_path / "out").exists()
 
 
@@ -699,15 +505,12 @@ def test_explain_only_walks(tmp_path, capsys):
     [
         ("--steps", "0"),
         ("--steps", "10000000000000000000"),
-        ("--steps", "1" * 400),
         ("--seed", "-1"),
         ("--seed", str(2**63)),
         ("--explain", " \t\n"),
         ("--explain", "word " * (A.MAX_WORDS + 1)),
         ("--device", "abacus"),
         ("--device", "hpu"),
-        ("--device", "\x1b[31mred\nline"),
-        ("--out", "a\0b"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(option, value, capsys):
@@ -716,47 +519,15 @@ def test_a_value_that_makes_no_sense_is_refused(option, value, capsys):
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert f"error: argument {option}: " in err.splitlines()[-1]
-    assert (out, "\x1b" in err) == ("", False)
+    assert out == ""
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    """Leave the networks as they are."""
-    monkeypatch.setattr(A, "train", lambda model, steps: [0.5])
-
-
-def run_out_of_space(file):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_a_full_disk_ends_in_one_line_and_keeps_the_old_file(
-    no_training, monkeypatch, tmp_path, capsys
-):
-    old = tmp_path / "model.safetensors"
-    old.write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", run_out_of_space)
-    assert A.main(["--out", str(tmp_path)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f": can't write {old}: No space left on device")
-    assert (list(tmp_path.iterdir()), old.read_bytes()) == ([old], b"old")
-
-
-def test_a_folder_that_cannot_be_made_ends_in_one_line_without_control_characters(tmp_path, capsys):
-    (tmp_path / "\x1b[31mred\nline").write_text("")
-    assert A.main(["--out", str(tmp_path / "\x1b[31mred\nline/out")]) == 1
+def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "\x1b[31mred").write_text("")
+    assert A.main(["--out", str(tmp_path / "\x1b[31mred/out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "Not a directory" in line
     assert "\x1b" not in line
-
-
-def test_a_name_is_printed_without_control_characters(no_training, tmp_path, capsys):
-    assert A.main(["--out", str(tmp_path / "\x1b[31mred\nline\udcff")]) == 0
-    assert f"\nSaved in {tmp_path}/?[31mred?line? after " in capsys.readouterr().out
-    assert (tmp_path / "\x1b[31mred\nline\udcff/metrics.json").exists()
 
 
 def test_a_loss_that_is_no_number_ends_in_one_line_and_saves_nothing(monkeypatch, tmp_path, capsys):
@@ -764,56 +535,6 @@ def test_a_loss_that_is_no_number_ends_in_one_line_and_saves_nothing(monkeypatch
     assert A.main(["--steps", "5", "--out", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r": the loss became (nan|inf)$", line)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("place", [(A, "train"), (os, "fsync")])
-def test_ctrl_c_ends_with_130_and_leaves_no_part_of_a_file(place, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(A, "train", lambda model, steps: [0.5])
-    monkeypatch.setattr(*place, interrupt)
-    old = tmp_path / "model.safetensors"
-    old.write_bytes(b"old")
-    assert A.main(["--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == ""
-    assert (list(tmp_path.iterdir()), old.read_bytes()) == ([old], b"old")
-
-
-@pytest.mark.parametrize("stdout", [None, io.StringIO()])
-def test_a_closed_stdout_and_a_notebooks_are_no_error(stdout, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", stdout)
-    assert A.main(["--explain", "one"]) == 0
-    assert stdout is None or "softmax" in stdout.getvalue()
-
-
-def test_results_are_saved_though_nobody_reads_what_is_printed(
-    no_training, monkeypatch, tmp_path, capsys
-):
-    reader, writer = os.pipe()
-    os.close(reader)
-    # With a buffer as large as all that is printed, the pipe breaks at the end.
-    with open(writer, "w", buffering=1_000_000) as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        assert A.main(["--out", str(tmp_path)]) == 141
-    monkeypatch.undo()
-    assert len(list(tmp_path.iterdir())) == 3
-    assert capsys.readouterr().err == ""
-
-
-def test_a_pipe_that_is_closed_ends_it_quietly():
-    command = [sys.executable, SCRIPT, "--explain", "one two"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()  # as `head` does, but before anything is written
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
-
-
-def test_importing_does_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    before = torch.get_rng_state()
-    spec = importlib.util.spec_from_file_location("attention_again", SCRIPT)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert capsys.readouterr() == ("", "")
-    assert torch.equal(torch.get_rng_state(), before)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,21 +1,12 @@
 """The rows of "Change and watch" are what comes of the changes."""
 
 import re
-import signal
 
 import pytest
 
 import changes
 
 SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-
-
-@pytest.fixture(autouse=True)
-def same_handler():
-    """Give a closed pipe its handler back: a script may let it end the process."""
-    handler = signal.getsignal(signal.SIGPIPE)
-    yield
-    signal.signal(signal.SIGPIPE, handler)
 
 
 def number(text, unit):

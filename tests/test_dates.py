@@ -45,7 +45,7 @@ def test_no_text_can_be_read_as_two_dates():
 
 
 def test_accuracy_is_the_share_of_exact_dates():
-    assert dates.evaluate([("a", "1"), ("b", "2"), ("c", "3"), ("d", "4")], list("1235")) == 0.75
+    assert dates.share_exact([("a", "1"), ("b", "2"), ("c", "3"), ("d", "4")], list("1235")) == 0.75
 
 
 def test_mistakes_are_shown_first(capsys):

@@ -1,40 +1,32 @@
+"""Data, network, training and photos of chapter 2."""
+
 import gzip
 import importlib
-import io
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR
 
 from conftest import idx
-from inputs.clothes import load
+from inputs.photo import open_photo, prepare
 
 fashion = importlib.import_module("fashion-mnist")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A network, and the folder where it is saved."""
-    torch.manual_seed(0)
-    model, out = fashion.Classifier(), tmp_path_factory.mktemp("saved")
-    fashion.write(out / "model.safetensors", safetensors.torch.save(model.state_dict()))
-    return model, out
-
-
-def enlarged(image, *size):
-    """Make a photo of an image: dark on white, with a border."""
-    return ImageOps.expand(ImageOps.invert(Image.fromarray(image.numpy())).resize(size), 20, 255)
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def train_epoch(model, images, labels, optimizer, batch_size=500):
@@ -43,80 +35,143 @@ def train_epoch(model, images, labels, optimizer, batch_size=500):
     return fashion.train_epoch(model, (images, labels), optimizer, schedule, batch_size)
 
 
-def test_predict_names_photos_and_goes_on_after_a_broken_one(saved, tmp_path, sample, capsys):
-    model, out = saved
-    good, text, bomb = tmp_path / "good one.png", tmp_path / "text.jpg", tmp_path / "bomb.png"
-    enlarged(sample[0][0], 300, 300).save(good)
-    text.write_text("no photo")
-    Image.new("1", (20_000, 10_000)).save(bomb)
-    empty = tmp_path / "empty.png"
-    Image.new("L", (9, 9)).save(empty)
-    broken = [text, tmp_path / "missing.png", tmp_path, bomb, empty]
-    arguments = ["--out", str(out), "--predict", *map(str, broken[:2]), str(good)]
-    assert fashion.main([*arguments, *map(str, broken[2:]), "a\0b"]) == 1
-    captured = capsys.readouterr()
-    for path in [*broken, "a?b"]:
-        assert sum(line.startswith(f"{path}: ") for line in captured.err.splitlines()) == 1
-    assert len(captured.err.splitlines()) == len(broken) + 1
-    assert f"{empty}: nothing but background" in captured.err
-    *image, answer = captured.out.splitlines()
-    assert len(image) == 14
-    assert all(line.count("▀") == 28 for line in image)
-    logits = fashion.predict(model, fashion.prepare(fashion.open_photo(good)).unsqueeze(0))
-    assert answer.startswith(f"{good}: {fashion.CLASSES[logits.argmax()]} ")
-    assert len(re.findall(r"[\d.]+%", answer)) == 3
+# Data
 
 
-def test_names_from_outside_cannot_steer_the_terminal(saved, tmp_path, sample, monkeypatch):
-    _, out = saved
-    names = ["bad\udcff.png", "\x1b]0;title\x07\nfake: Bag.png"]
-    for name in names:
-        enlarged(sample[0][0], 300, 300).save(os.fsencode(tmp_path / name))
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    photos = [str(tmp_path / name) for name in names]
-    assert fashion.main(["--out", str(out), "--predict", *photos]) == 0
-    printed = stdout.buffer.getvalue().decode()
-    assert len(printed.splitlines()) == 30
-    assert "bad?.png: " in printed
-    assert "?]0;title??fake: Bag.png: " in printed
+def test_the_sample_is_stratified_and_small():
+    for name, per_class in (("train", 1000), ("t10k", 200)):
+        images, labels = fashion.load(fashion.SAMPLE, name)
+        assert images.shape == (10 * per_class, 28, 28)
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        assert labels.bincount().tolist() == [per_class] * len(fashion.CLASSES)
+    assert sum(file.stat().st_size for file in fashion.SAMPLE.iterdir()) <= 8e6
 
 
-def test_a_closed_stdout_is_no_error(saved, tmp_path, sample, monkeypatch):
-    enlarged(sample[0][0], 300, 300).save(tmp_path / "photo.png")
-    monkeypatch.setattr(sys, "stdout", None)
-    assert fashion.main(["--out", str(saved[1]), "--predict", str(tmp_path / "photo.png")]) == 0
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="the whole data set is not installed")
+def test_the_sample_is_drawn_from_the_whole_set_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(fashion.SAMPLE)
+    importlib.import_module("draw").draw(DEBIAN, tmp_path, "t10k", 200)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (fashion.SAMPLE / file.name).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
-NAN = {
-    name: x * math.nan if x.is_floating_point() else x
-    for name, x in fashion.Classifier().state_dict().items()
-}
+def test_load_reads_gzipped_and_plain_files(folder, sample):
+    images, labels = fashion.load(folder, "t10k")
+    assert torch.equal(images, sample[0][1200:1500])
+    assert torch.equal(labels, sample[1][1200:1500])
+
+
+IMAGES = "train-images-idx3-ubyte.gz"
+LABELS = "train-labels-idx1-ubyte"
+ZEROS = gzip.compress(idx(np.zeros((1200, 28, 28))), mtime=0)
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("name", "content"),
     [
-        None,
-        b"",
-        b"a text",
-        safetensors.torch.save({"layers.1.weight": torch.zeros(3, 3)}),
-        safetensors.torch.save(fashion.Classifier(width=8).state_dict()),
-        safetensors.torch.save(fashion.Classifier().state_dict())[:-1],
-        safetensors.torch.save(NAN),
+        (IMAGES, b""),
+        (LABELS, b""),
+        (IMAGES, ZEROS[:-9]),
+        (IMAGES, b"a page that says 404"),
+        (IMAGES, gzip.compress(b"a page that says 404", mtime=0)),
+        (IMAGES, gzip.compress(idx(np.zeros((1200, 32, 32))), mtime=0)),
+        (LABELS, idx(np.zeros(1200))[:-1]),
+        (LABELS, idx(np.zeros(1200)) + b"\0"),
+        (LABELS, idx(np.zeros(0))),
+        (LABELS, idx(np.zeros((600, 2)))),
+        (LABELS, idx(np.zeros(1199))),
+        (LABELS, idx(np.full(1200, 10))),
     ],
-    ids=["missing", "empty", "text", "other", "narrower", "truncated", "NaN"],
+    ids=range(12),
 )
-def test_a_model_that_is_none_is_refused_in_one_line(tmp_path, capsys, content):
-    path = tmp_path / "model.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    assert fashion.main(["--out", str(tmp_path), "--predict", "photo.jpg"]) == 1
-    error = capsys.readouterr().err
-    assert "not a model saved by this script; train one first" in error
-    assert str(path) in error
-    assert "state_dict" not in error
-    assert len(error.splitlines()) == 1
+def test_a_broken_file_is_named_in_one_line(folder, tmp_path, capsys, name, content):
+    (folder / name).write_bytes(content)
+    assert fashion.main(["--data", str(folder), "--out", str(tmp_path / "out")]) == 1
+    assert re.fullmatch(rf".*{re.escape(str(folder))}.* is broken: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", [IMAGES, LABELS])
+def test_a_missing_file_is_named(folder, name, capsys, tmp_path):
+    (folder / name).unlink()
+    assert fashion.main(["--data", str(folder), "--out", str(tmp_path / "out")]) == 1
+    assert name.removesuffix(".gz") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [10_000, 2**32 - 1])
+def test_no_more_is_unpacked_than_a_data_file_has(folder, count):
+    header = bytes([0, 0, 8, 3]) + np.array([count, 28, 28], ">u4").tobytes()
+    zeros = gzip.compress(bytes(50_000_000), mtime=0)
+    (folder / IMAGES).write_bytes(gzip.compress(header, mtime=0) + zeros * 20)
+    with pytest.raises(OSError, match=f"size {fashion.LARGEST + 1 - 16}"):
+        fashion.load(folder, "train")
+
+
+def no_network(root, train, download):
+    raise RuntimeError(f"Error downloading\nTried {root}")
+
+
+def test_without_a_network_the_sample_is_taken_or_the_data_asked_for(monkeypatch, tmp_path):
+    fake = SimpleNamespace(FashionMNIST=no_network)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
+    source, train, test = fashion.open_data(None)
+    assert source.startswith(f"{fashion.SAMPLE} (one sixth of the data")
+    assert (len(train[0]), len(test[0])) == (10_000, 2_000)
+    monkeypatch.setattr(fashion, "SAMPLE", tmp_path / "none")
+    with pytest.raises(OSError, match="can't download the data; --data takes"):
+        fashion.open_data(None)
+
+
+def test_the_data_is_torchvisions(folder, sample, tmp_path, monkeypatch):
+    raw = tmp_path / "data/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for file in folder.iterdir():  # unpacked, as its download leaves them
+        content = file.read_bytes()
+        packed = file.suffix == ".gz"
+        (raw / file.name.removesuffix(".gz")).write_bytes(
+            gzip.decompress(content) if packed else content
+        )
+    monkeypatch.chdir(tmp_path)
+    source, train, test = fashion.open_data(None)
+    assert source == "data/FashionMNIST"
+    for found, part in ((train, slice(1200)), (test, slice(1200, 1500))):
+        assert all(torch.equal(a, b[part]) for a, b in zip(found, sample, strict=True))
+        assert found[1].dtype == torch.int64
+
+
+GOOD = idx(np.arange(5 * 28 * 28).reshape(5, 28, 28) % 256)
+edits = st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    edits=st.one_of(edits, st.lists(st.tuples(st.integers(0, 15), st.integers(0, 255)))),
+    start=st.integers(0, 20), stop=st.integers(0, len(GOOD)), tail=st.binary(max_size=800),
+    whole=st.booleans(), zipped=st.booleans(), cut=st.integers(0, 40),
+)  # fmt: skip
+def test_a_file_is_read_right_or_refused(edits, start, stop, tail, whole, zipped, cut):
+    content = bytearray(GOOD)
+    for position, byte in edits:
+        content[position] = byte
+    if not whole:
+        content = content[start:stop] + tail
+    packed = gzip.compress(content, mtime=0)
+    packed = packed[: len(packed) - cut] if cut < 20 else packed
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "images")
+        Path(folder, "images.gz" if zipped else "images").write_bytes(packed if zipped else content)
+        try:
+            found = fashion.read_idx(path)
+        except OSError as error:
+            assert str(path) in str(error)
+            assert len(str(error).splitlines()) == 1
+            assert content[:16] != GOOD[:16] or len(content) != len(GOOD) or 0 < cut < 20
+        else:
+            assert found.numpy().tobytes() == content[-found.numel() :]
+            assert found.numel() == len(content) - 4 - 4 * content[3]
+
+
+# Network and training
 
 
 def test_the_network_has_the_shapes_and_the_parameters_it_says():
@@ -146,6 +201,12 @@ def test_the_network_computes_what_numpy_computes(sample):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_images_that_are_given_stay_as_they_are():
+    images = torch.zeros(2, 28, 28)  # which .float() doesn't copy
+    fashion.Classifier(width=8)(images)
+    assert not images.any()
+
+
 def test_half_of_a_batch_is_mirrored_and_some_batches_shifted_by_a_pixel():
     torch.manual_seed(0)
     images = torch.zeros(10, 28, 28, dtype=torch.uint8)
@@ -164,13 +225,6 @@ def test_half_of_a_batch_is_mirrored_and_some_batches_shifted_by_a_pixel():
     assert torch.equal(images, before)
 
 
-def test_a_picture_and_its_mirror_image_get_the_same_answer(sample):
-    torch.manual_seed(0)
-    model = fashion.Classifier(width=16)
-    logits = fashion.predict(model, sample[0][:50])
-    torch.testing.assert_close(fashion.predict(model, sample[0][:50].flip(-1)), logits)
-
-
 def test_logits_are_the_mean_of_those_of_an_image_and_of_its_mirror_image(sample):
     torch.manual_seed(0)
     model, images = fashion.Classifier(width=16).eval(), sample[0][:50]
@@ -178,19 +232,6 @@ def test_logits_are_the_mean_of_those_of_an_image_and_of_its_mirror_image(sample
         both = np.stack([model(images).numpy(), model(images.flip(-1)).numpy()])
     found = fashion.predict(model.train(), images).numpy()
     np.testing.assert_allclose(found, both.mean(axis=0), rtol=1e-4, atol=1e-5)
-
-
-def test_shifted_and_scaled_pixels_train_the_same(sample):
-    torch.manual_seed(0)
-    layers, pixels = fashion.Classifier(width=16).double().layers, sample[0][:50].double().sqrt()
-    found = []
-    for x in (pixels, 0.3 * pixels - 2):
-        logits = layers(x)
-        gradients = torch.autograd.grad(
-            F.cross_entropy(logits, sample[1][:50]), layers.parameters()
-        )
-        found.append((logits, *gradients))
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)  # but for the 1e-5 in the root
 
 
 class Recorder(nn.Module):
@@ -241,16 +282,6 @@ def test_training_lowers_the_loss_on_the_same_pictures(sample):
     assert fashion.evaluate(model, images, labels)[1] > 0.8
 
 
-def test_the_mean_loss_is_that_of_each_picture():
-    torch.manual_seed(0)
-    model = Recorder()
-    labels = torch.randint(10, (103,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
-    images = torch.zeros(103, 28, 28, dtype=torch.uint8)
-    loss = train_epoch(model, images, labels, optimizer, batch_size=10)
-    assert loss == pytest.approx(math.log(10))
-
-
 def test_the_loss_is_the_smoothed_cross_entropy_of_the_logits():
     model, labels = Recorder(), torch.arange(10).repeat(3)
     with torch.no_grad():
@@ -289,15 +320,15 @@ def test_evaluate_agrees_with_numpy_and_changes_nothing(sample):
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_keeps_the_old_file_and_is_named(tmp_path):
-    file = tmp_path / "model"
-    fashion.write(file, b"old")
-    (tmp_path / f".model.{os.getpid()}").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=rf"can't write {file}: No space left"):
-        fashion.write(file, b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert file.read_bytes() == b"old"
+def test_no_image_is_trained_on_and_held_out():
+    numbers = torch.arange(600)
+    (kept, labels), (held_out, _) = fashion.hold_out((numbers, numbers))
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == numbers.tolist()
+    assert len(held_out) == 10
+    assert torch.equal(kept, labels)
+
+
+# As a person runs it
 
 
 def test_it_runs_end_to_end_and_saves_what_it_says(run_script, folder, tmp_path):
@@ -314,43 +345,28 @@ def test_it_runs_end_to_end_and_saves_what_it_says(run_script, folder, tmp_path)
     assert [row["epoch"] for row in metrics["epochs"]] == [1, 2]
     assert f"Test: {metrics['test']:.2%} of 300 images" in done.stdout
     model = fashion.load_model(tmp_path / "out/model.safetensors")
-    assert fashion.evaluate(model, *load(folder, train=False))[1] == metrics["test"] > 0.3
+    assert fashion.evaluate(model, *fashion.load(folder, "t10k"))[1] == metrics["test"] > 0.3
 
 
 def test_the_confusion_counts_true_classes_in_rows(folder, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(fashion, "draw_confusion", lambda c: drawn.append(c) or fashion.Figure())
-    test, model = load(folder, train=False), fashion.Classifier(width=16)
-    fashion.report(model, [fashion.Epoch(1, 1.0, 1.0, 0.5, 1.0)], test, tmp_path)
+    test, model = fashion.load(folder, "t10k"), fashion.Classifier(width=16)
+    fashion.draw_test(model, test, tmp_path)
     expected = np.zeros((10, 10))
     np.add.at(expected, (test[1].numpy(), fashion.predict(model, test[0]).argmax(1).numpy()), 1)
     np.testing.assert_array_equal(drawn[0], expected)
 
 
-def test_a_closed_pipe_ends_quietly_after_the_network_is_saved(
-    run_script, folder, tmp_path, monkeypatch
-):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as stdout:  # whose end flushes it, as the end of a process does
-        monkeypatch.setattr(sys, "stdout", stdout)
-        done = run_script(
-            "fashion-mnist.py", "--data", folder, "--epochs", 1, "--device", "cpu",
-            "--out", tmp_path,
-        )  # fmt: skip
-    assert (done.stderr, done.returncode) == ("", 141)
-    fashion.load_model(tmp_path / "model.safetensors")
-
-
 @pytest.mark.parametrize("epochs", [1, 5])
 def test_a_run_of_few_steps_ends_well(folder, tmp_path, capsys, monkeypatch, epochs):
-    monkeypatch.setattr(fashion, "report", lambda *_: 0.0)
+    monkeypatch.setattr(fashion, "draw_test", lambda *_: 0.0)
     arguments = ["--data", str(folder), "--epochs", str(epochs), "--batch-size", "1100"]
     assert fashion.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_the_same_seed_gives_the_same_weights(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fashion, "report", lambda *_: 0.0)
+    monkeypatch.setattr(fashion, "draw_test", lambda *_: 0.0)
 
     def weights(out, seed):
         arguments = ["--data", str(folder), "--epochs", "1", "--batch-size", "100"]
@@ -375,9 +391,6 @@ def test_the_same_seed_gives_the_same_weights(folder, tmp_path, capsys, monkeypa
         (f"--seed {2**63}", "argument --seed: must be between 0 and"),
         ("--device abacus", "argument --device: 'abacus' can't be used here"),
         ("--device hpu", "argument --device: 'hpu' can't be used here"),
-        ("--data no/such/folder", "argument --data: must be a folder"),
-        ("--data . --sample", "argument --data: must be a folder; can't be used with --sample"),
-        ("--out a\0b", "argument --out: must be a name without NUL"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(arguments, message, capsys):
@@ -385,23 +398,6 @@ def test_a_value_that_makes_no_sense_is_refused(arguments, message, capsys):
         fashion.main(arguments.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_broken_data_ends_in_one_line_and_status_1(folder, tmp_path, capsys):
-    labels = folder / "train-labels-idx1-ubyte"
-    labels.write_bytes(b"")
-    assert fashion.main(["--data", str(folder), "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert str(labels) in error
-
-
-def test_too_few_pictures_are_refused(folder, sample, tmp_path, capsys):
-    images, labels = (tensor[:59].numpy() for tensor in sample)
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-    (folder / "train-labels-idx1-ubyte").write_bytes(idx(labels))
-    assert fashion.main(["--data", str(folder), "--out", str(tmp_path / "out")]) == 1
-    assert re.fullmatch(".*: 59 images are too few.*\n", capsys.readouterr().err)
 
 
 def test_a_broken_loss_ends_in_one_line_and_saves_nothing(folder, tmp_path, capsys, monkeypatch):
@@ -414,14 +410,100 @@ def test_a_broken_loss_ends_in_one_line_and_saves_nothing(folder, tmp_path, caps
     assert (tmp_path / "model.safetensors").read_bytes() == b"old"
 
 
-def test_ctrl_c_ends_with_130_and_keeps_the_saved_model(folder, tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
+def test_a_folder_that_cannot_be_made_ends_in_one_line(folder, tmp_path, capsys):
+    (tmp_path / "\x1b[31mfile").write_text("")
+    assert fashion.main(["--data", str(folder), "--out", str(tmp_path / "\x1b[31mfile/out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Not a directory" in line
+    assert "\x1b" not in line
 
-    monkeypatch.setattr(fashion, "train_epoch", interrupted)
-    (tmp_path / "model.safetensors").write_bytes(b"old")
-    assert fashion.main(["--data", str(folder), "--out", str(tmp_path)]) == 130
-    assert (tmp_path / "model.safetensors").read_bytes() == b"old"
+
+# Photos
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A network, and the folder where it is saved."""
+    torch.manual_seed(0)
+    model, out = fashion.Classifier(), tmp_path_factory.mktemp("saved")
+    safetensors.torch.save_file(model.state_dict(), out / "model.safetensors")
+    return model, out
+
+
+def enlarged(image, *size):
+    """Make a photo of an image: dark on white, with a border."""
+    return ImageOps.expand(ImageOps.invert(Image.fromarray(image.numpy())).resize(size), 20, 255)
+
+
+def test_predict_names_photos_and_goes_on_after_a_broken_one(saved, tmp_path, sample, capsys):
+    model, out = saved
+    good, text, bomb = tmp_path / "good one.png", tmp_path / "text.jpg", tmp_path / "bomb.png"
+    enlarged(sample[0][0], 300, 300).save(good)
+    text.write_text("no photo")
+    Image.new("1", (20_000, 10_000)).save(bomb)
+    empty = tmp_path / "empty.png"
+    Image.new("L", (9, 9)).save(empty)
+    broken = [text, tmp_path / "missing.png", tmp_path, bomb, empty]
+    arguments = ["--out", str(out), "--predict", *map(str, broken[:2]), str(good)]
+    assert fashion.main([*arguments, *map(str, broken[2:]), "a\0b"]) == 1
+    captured = capsys.readouterr()
+    for path in [*broken, "a?b"]:
+        assert sum(line.startswith(f"{path}: ") for line in captured.err.splitlines()) == 1
+    assert len(captured.err.splitlines()) == len(broken) + 1
+    assert f"{empty}: nothing but background" in captured.err
+    *image, answer = captured.out.splitlines()
+    assert len(image) == 14
+    assert all(line.count("▀") == 28 for line in image)
+    logits = fashion.predict(model, prepare(open_photo(good)).unsqueeze(0))
+    assert answer.startswith(f"{good}: {fashion.CLASSES[logits.argmax()]} ")
+    assert len(re.findall(r"[\d.]+%", answer)) == 3
+
+
+def test_names_from_outside_cannot_steer_the_terminal(saved, tmp_path, sample, capsys):
+    name = "\x1b]0;title\x07\nfake\udcff: Bag.png"
+    enlarged(sample[0][0], 300, 300).save(os.fsencode(tmp_path / name))
+    photos = [str(tmp_path / name), str(tmp_path / f"no {name}")]
+    assert fashion.main(["--out", str(saved[1]), "--predict", *photos]) == 1
+    printed, error = capsys.readouterr()
+    assert f"{tmp_path}/?]0;title??fake?: Bag.png: " in printed
+    assert f"{tmp_path}/no ?]0;title??fake?: Bag.png: " in error
+
+
+def test_without_the_room_for_photos_one_line_says_so(saved, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "inputs.photo", None)
+    assert fashion.main(["--out", str(saved[1]), "--predict", "photo.jpg"]) == 1
+    assert "--predict needs the folder inputs/" in capsys.readouterr().err
+
+
+NAN = {
+    name: x * math.nan if x.is_floating_point() else x
+    for name, x in fashion.Classifier().state_dict().items()
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"a text",
+        safetensors.torch.save({"layers.1.weight": torch.zeros(3, 3)}),
+        safetensors.torch.save(fashion.Classifier(width=8).state_dict()),
+        safetensors.torch.save(fashion.Classifier().state_dict())[:-1],
+        safetensors.torch.save(NAN),
+    ],
+    ids=["missing", "empty", "text", "other", "narrower", "truncated", "NaN"],
+)
+def test_a_model_that_is_none_is_refused_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    assert fashion.main(["--out", str(tmp_path), "--predict", "photo.jpg"]) == 1
+    error = capsys.readouterr().err
+    assert "not a model saved by this script; train one first" in error
+    assert str(path) in error
+    assert "state_dict" not in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.gpu

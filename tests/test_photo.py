@@ -1,5 +1,6 @@
 import importlib
 import io
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from inputs.clothes import DEBIAN, SAMPLE, load
 from inputs.photo import open_photo, prepare
 
 fashion = importlib.import_module("fashion-mnist")
@@ -17,7 +17,7 @@ fashion = importlib.import_module("fashion-mnist")
 def trained():
     """A network trained for three epochs on the sample."""
     torch.manual_seed(0)
-    train = load(SAMPLE, train=True)
+    train = fashion.load(fashion.SAMPLE, "train")
     model = fashion.Classifier()
     for _ in fashion.fit(model, train, train, epochs=3, batch_size=200, learning_rate=3e-3):
         pass
@@ -126,20 +126,21 @@ def agreement(model, test, kind, count, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_photos_are_predicted_as_the_images_they_were_made_of(trained, tmp_path, kind):
-    test = load(SAMPLE, train=False)
+    test = fashion.load(fashion.SAMPLE, "t10k")
     count = 20 if kind == "everything" else 10
     assert agreement(trained, test, kind, count, tmp_path) >= 0.8  # of few
 
 
 @pytest.fixture(scope="module")
 def trained_fully():
-    folder = DEBIAN if DEBIAN.is_dir() else SAMPLE
+    debian = Path("/usr/share/datasets/fashion-mnist")
+    folder = debian if debian.is_dir() else fashion.SAMPLE
     torch.manual_seed(0)
-    train, validation = fashion.hold_out(load(folder, train=True))
+    train, validation = fashion.hold_out(fashion.load(folder, "train"))
     model = fashion.Classifier()
     for _ in fashion.fit(model, train, validation, 16, 500, 6e-3):
         pass
-    return model, load(folder, train=False)
+    return model, fashion.load(folder, "t10k")
 
 
 @pytest.mark.slow

@@ -93,12 +93,12 @@ def test_one_word_is_followed_to_its_output(by_row):
     html = P.by_hand(steps, 2, ["a", "b", "c", "d"], by_row)
     texts = [text for _, _, text in cells(html)]
     score, x, power, total, weight = (texts[4 * n : 4 * n + 4] for n in range(5))
-    assert score == [P.number(s) for s in (Q[2] @ K.T).tolist()]
+    assert score == [P.decimal(s) for s in (Q[2] @ K.T).tolist()]
     assert x[3] == "−∞" and power[3] == weight[3] == "0.00"
     for part, whole, share in zip(power, total, weight, strict=True):
         if float(whole) > 0.5:
             assert float(part) / float(whole) == pytest.approx(float(share), abs=0.03)
-    assert f"= ({', '.join(map(P.number, steps.output[2].tolist()))})" in html
+    assert f"= ({', '.join(map(P.decimal, steps.output[2].tolist()))})" in html
 
 
 def test_the_likeliest_characters_stand_on_top():

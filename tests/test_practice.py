@@ -88,7 +88,6 @@ def test_a_task_is_judged_by_tests_that_there_are(task):
     tests = case.test_file.read_text(encoding="utf-8")
     assert all(re.search(rf"^def {test}\(", tests, re.MULTILINE) for test in task.tests)
     assert len(task.hints) >= 2
-    assert not task.symptom or "?" not in task.hints
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -354,6 +353,36 @@ def test_a_copy_that_was_not_touched_follows_its_source(run, place):
     _, out = run("start", "padding")
     assert "changed" not in out
     assert (place / "practice/transformer.py").read_bytes() == source.read_bytes()
+
+
+def test_a_folder_from_before_the_rooms_is_carried_over(run, place):
+    """As it was left by someone who wrote `cache`, `prenorm` and `exact`, and began `beam`."""
+    run("start", "mask")
+    folder = place / "practice"
+    state = copies.read_state()
+    state.started = ["cache", "prenorm", "exact", "beam"]
+    mine = {"cache": "cache.py", "prenorm": "network.py", "exact": "attention.py"}
+    for name, old in mine.items():
+        text = holes.fill(reference(TASKS[name]), TASKS[name], ANSWERS[name]["right"][0])
+        (folder / old).write_text(text.replace("share_exact", "evaluate"))
+        state.hashes[old] = "that of a file without what was written"
+    for name, text in (("search.py", "def beam_search(): pass\n"), ("translation.py", "")):
+        (folder / name).write_text(text)
+        state.hashes[name] = copies.digest(folder / name)
+    for room in copies.ROOMS:
+        shutil.rmtree(folder / room)
+    copies.write_state(state)
+    for name in ("cache", "prenorm", "exact"):
+        status, out = run("check", name)
+        assert (status, f"✓ {name} is right" in out) == (0, True)
+    assert "✗ beam is still empty" in run("check", "beam")[1]
+    for name in ("cache.1.py", "network.1.py", "attention.1.py"):
+        assert (folder / name).exists()
+    for name in ("cache.py", "network.py", "search.py"):
+        assert not (folder / name).exists()
+    for name in ("cache", "prenorm", "exact"):
+        line = ANSWERS[name]["right"][0].strip().splitlines()[-1].strip()
+        assert line in (folder / TASKS[name].script).read_text()
 
 
 def test_a_mistake_is_planted_and_found(run, place):

@@ -118,7 +118,8 @@ def test_random_networks_are_searched_as_by_the_plain_search():
 def test_neither_the_cache_nor_the_neighbors_change_a_token(searched, beam, alpha):
     model, source = searched
     found = S.beam_search(model, source, beam, alpha)
-    assert found == S.beam_search(model, source, beam, alpha, use_cache=False)
+    plain = S.plain_decoder(model, source, beam)
+    assert found == S.search(plain, source, beam, alpha)
     for row, ids in zip(source, found, strict=True):
         assert S.beam_search(model, row[row != PAD][None], beam, alpha) == [ids]
 

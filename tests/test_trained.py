@@ -68,18 +68,29 @@ def test_a_transformer_is_trained_and_opened(tmp_path, monkeypatch):
     assert model.embedding.num_embeddings == 4 + len(vocabulary)
 
 
+OTHER = "not a model saved by this script; train one first: {}: its weights have other sizes"
+
+
 def test_the_first_network_that_opens_is_taken(tmp_path):
     good, bad, missing = (tmp_path / name for name in ("good", "bad", "missing"))
     trained.save(good, attention.PairFinder(2))
     trained.save(bad, attention.PairFinder(2, d_model=32))  # of another shape
     for paths, opens, problem in (
         ([missing, good], True, ""),
-        ([bad, good], True, f"{str(bad)!r} is not a model saved by attention.py."),
-        ([bad, missing], False, f"{str(bad)!r} is not a model saved by attention.py."),
+        (
+            [bad, good],
+            True,
+            OTHER.format(bad),
+        ),
+        (
+            [bad, missing],
+            False,
+            OTHER.format(bad),
+        ),
         ([missing], False, f"There is no network in {str(missing)!r} yet."),
     ):
         model, found = trained.open_first(paths, trained.open_pairs)
-        assert (model is not None, found) == (opens, problem)
+        assert (model is not None, found.startswith(problem)) == (opens, True)
 
 
 def test_the_losses_of_all_runs_are_read(tmp_path):

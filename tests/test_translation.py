@@ -4,12 +4,12 @@ import copy
 import dataclasses
 import datetime
 import gzip
-import importlib.util
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,25 +68,6 @@ def test_values_and_gradients_of_pre_norm_are_those_of_pytorch():
     assert_equals_pytorch(make())
 
 
-def test_the_future_changes_nothing():
-    model = make()
-    source, target = draw([5, 3]), draw([6, 6])
-    changed = torch.cat((target[:, :4], 22 - target[:, 4:]), dim=1)
-    outputs = [model(source, tokens) for tokens in (target, changed)]
-    torch.testing.assert_close(outputs[0][:, :4], outputs[1][:, :4], rtol=0, atol=1e-12)
-    assert not torch.isclose(outputs[0][:, 4:], outputs[1][:, 4:]).all(dim=-1).any()
-
-
-def test_padding_changes_nothing():
-    model = make()
-    source, target = draw([5, 3]), draw([6, 4])
-    expected = model(source, target)
-    wider = model(F.pad(source, (0, 3)), F.pad(target, (0, 2)))
-    torch.testing.assert_close(wider[:, :6], expected, rtol=0, atol=1e-12)
-    alone = model(source[1:, :3], target[1:, :4])
-    torch.testing.assert_close(alone, expected[1:, :4], rtol=0, atol=1e-12)
-
-
 def test_a_pre_norm_layer_that_drops_its_sublayers_changes_nothing():
     torch.manual_seed(0)
     sizes, x, mask = Sizes(16, 2, 1, 24, dropout=1.0), torch.randn(2, 5, 16), causal_mask(5)
@@ -95,14 +76,6 @@ def test_a_pre_norm_layer_that_drops_its_sublayers_changes_nothing():
     assert torch.equal(decoder(x, mask, x, mask), x)
     assert not torch.allclose(encoder.eval()(x, mask), x)
     assert not torch.allclose(decoder.eval()(x, mask, x, mask), x)
-
-
-def test_dropout_is_for_training_only():
-    model = make(dropout=0.5)
-    source, target = draw([4]), draw([3])
-    assert not torch.equal(model(source, target), model(source, target))
-    model.eval()
-    assert torch.equal(model(source, target), model(source, target))
 
 
 def test_the_settings_choose_the_network(words):
@@ -282,10 +255,10 @@ def test_the_gradient_is_that_of_the_mean_loss_of_a_token():
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_evaluate_gives_the_mean_loss_of_a_token_and_changes_nothing():
+def test_the_mean_loss_is_that_of_a_token_and_changes_nothing():
     model, pairs = make(dropout=0.5), random_pairs(30)
     before = copy.deepcopy(model.state_dict())
-    losses = [T.evaluate(model, corpus_of(pairs), tokens) for tokens in (50, 1000)]
+    losses = [T.mean_loss(model, corpus_of(pairs), tokens) for tokens in (50, 1000)]
     expected = []
     for source, target in pairs:
         logits = model.eval()(torch.tensor([source]), torch.tensor([target[:-1]]))[0]
@@ -300,11 +273,11 @@ def test_training_lowers_the_loss():
     model, pairs = PreNormTransformer(20, Sizes(16, 2, 1, 32)), random_pairs(60)
     run, before = (
         start_run(model, dataclasses.replace(SMALL, epochs=8)),
-        T.evaluate(model, corpus_of(pairs), 1000),
+        T.mean_loss(model, corpus_of(pairs), 1000),
     )
     while run.progress.epoch < 8:
         train(run, pairs)
-    assert T.evaluate(model, corpus_of(pairs), 1000) < before - 0.4
+    assert T.mean_loss(model, corpus_of(pairs), 1000) < before - 0.4
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -314,18 +287,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_the_validation(value):
     with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf)"):
         train(start_run(model), random_pairs(5))
     with pytest.raises(FloatingPointError, match=r"validation loss became (nan|inf)"):
-        T.evaluate(model, corpus_of(random_pairs(5)), 1000)
-
-
-class After(list):
-    """Signals, of which the first comes once they have been looked at so many times."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def __len__(self):
-        self.steps -= 1
-        return int(self.steps <= 0)
+        T.mean_loss(model, corpus_of(random_pairs(5)), 1000)
 
 
 @pytest.mark.parametrize("stop", [1, 3, -1])
@@ -345,8 +307,15 @@ def test_a_training_that_was_stopped_and_resumed_has_the_same_bits(stop, tmp_pat
     expected = run
     assert expected.progress.step == batches + len(batches_of(pairs, SMALL, seed=3, epoch=1))
 
-    run = start()
-    assert train(run, pairs, After(stop))
+    run, signals, steps = start(), [], []
+
+    def interrupt(*_):
+        steps.append(None)
+        if len(steps) == stop:
+            signals.append(signal.SIGINT)
+
+    run.model.register_forward_pre_hook(interrupt)
+    assert train(run, pairs, signals)
     assert (run.progress.epoch, run.progress.batch) == (0, stop)
     T.save_checkpoint(tmp_path / "checkpoint.pt", run)
     torch.rand(stop)  # what is drawn elsewhere must not matter
@@ -487,7 +456,7 @@ def test_a_run_writes_its_results(trained, words):
     model, tokenizer = T.open_model(out / "model.safetensors")
     (encoded,) = (out / "corpus").iterdir()
     assert tokenizer.to_str() == (encoded / "tokenizer.json").read_text()
-    loss = T.evaluate(model, open_corpus(encoded / "val"), 1000)
+    loss = T.mean_loss(model, open_corpus(encoded / "val"), 1000)
     assert loss == pytest.approx(min(row["validation_loss"] for row in metrics["epochs"]), rel=1e-5)
 
 
@@ -647,11 +616,11 @@ def test_an_older_model_is_not_reported_if_no_validation_loss_is_finite(
 def test_the_best_network_is_kept_and_not_the_last(trained, tmp_path, capsys, monkeypatch):
     losses, weights = iter([3.0, 1.0, 2.0]), []
 
-    def evaluate(model, *_):
+    def mean_loss(model, *_):
         weights.append(copy.deepcopy(model.state_dict()))
         return next(losses)
 
-    monkeypatch.setattr(T, "evaluate", evaluate)
+    monkeypatch.setattr(T, "mean_loss", mean_loss)
     assert run_main("--data", trained[0], "--out", tmp_path, *RUN) == 0
     for name, tensor in load(tmp_path).items():
         assert torch.equal(tensor, weights[1][name])
@@ -761,24 +730,6 @@ def test_at_a_terminal_each_line_is_answered_at_once(trained, monkeypatch, capsy
     ]  # fmt: skip
 
 
-def test_without_standard_input_there_is_nothing_to_translate(trained, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", None)
-    assert run_main("--out", trained[1], "--translate", "-") == 1
-    assert "no standard input" in one_line(capsys)
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\n..."), "can't allocate memory: 4"]
-)
-def test_too_little_memory_ends_in_one_line(trained, tmp_path, monkeypatch, capsys, error):
-    def batch_loss(*_, **__):
-        raise error if isinstance(error, Exception) else RuntimeError(error)
-
-    monkeypatch.setattr(T, "batch_loss", batch_loss)
-    assert run_main("--data", trained[0], "--out", tmp_path, *RUN) == 1
-    assert "memory" in one_line(capsys)
-
-
 @pytest.mark.parametrize(
     ("option", "arguments"),
     [
@@ -810,19 +761,6 @@ def test_a_value_that_makes_no_sense_is_refused(option, arguments, capsys, tmp_p
         T.main([*arguments, "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert f"error: argument {option}: " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_importing_does_nothing(capsys):
-    before, handler = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
-    spec = importlib.util.spec_from_file_location("translation_again", SCRIPT)
-    again = importlib.util.module_from_spec(spec)
-    sys.modules["translation_again"] = again
-    spec.loader.exec_module(again)
-    del sys.modules["translation_again"]
-    assert again.Run is not T.Run
-    assert capsys.readouterr() == ("", "")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 # Stopping
@@ -857,11 +795,12 @@ def assert_same_run(out, whole):
 def test_a_signal_stops_after_the_step_and_resuming_gives_the_same_bits(
     trained, whole, tmp_path, capsys, monkeypatch, number, status
 ):
-    old, random, during = signal.getsignal(number), Random(status), []
+    old, during, steps = signal.getsignal(number), [], []
     batch_loss = T.batch_loss
 
     def interrupted(*arguments, **options):
-        if random.random() < 0.02 and not during:
+        steps.append(None)
+        if len(steps) == status - 100:  # in the middle of some epoch
             signal.raise_signal(number)
             during.append(signal.getsignal(number))  # a second one ends at once
         return batch_loss(*arguments, **options)
@@ -900,7 +839,7 @@ def test_a_process_that_was_stopped_can_be_resumed(trained, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("when", "saved"), [("evaluate", "checkpoint.pt"), ("draw_attention", "losses.png")]
+    ("when", "saved"), [("mean_loss", "checkpoint.pt"), ("draw_attention", "losses.png")]
 )
 def test_a_reader_that_leaves_ends_the_run_after_it_was_saved(
     trained, tmp_path, monkeypatch, capsys, when, saved
@@ -920,7 +859,7 @@ def test_a_reader_that_leaves_ends_the_run_after_it_was_saved(
     assert capsys.readouterr() == ("", "")
     assert (tmp_path / saved).exists()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert len(state["progress"]["rows"]) == (1 if when == "evaluate" else 3)
+    assert len(state["progress"]["rows"]) == (1 if when == "mean_loss" else 3)
 
 
 @pytest.mark.slow
@@ -951,16 +890,17 @@ def in_two_processes(rank, folder, port, pairs, expected, arguments):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    (*settings, out), evaluate = arguments, T.evaluate
+    *settings, out = arguments
+    mean_loss = T.mean_loss
     if rank == 0:  # is stopped once it has validated
 
-        def evaluate_and_stop(*args):
+        def stop(*args):
             signal.raise_signal(signal.SIGTERM)
-            return evaluate(*args)
+            return mean_loss(*args)
 
-        T.evaluate = evaluate_and_stop
+        T.mean_loss = stop
     assert run_main(*settings, "--out", out / "stopped") == 143
-    T.evaluate = evaluate
+    T.mean_loss = mean_loss
     assert not dist.is_initialized()
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     os.environ["MASTER_PORT"] = str(port + 1)
@@ -1286,19 +1226,38 @@ def test_no_checkpoint_is_discarded_where_torchrun_may_start_again(
     checkpoint.write_bytes(b"a checkpoint")
     monkeypatch.setenv(name, value)
     with pytest.raises(OSError, match="use --resume"):
-        T.clear_the_way(checkpoint, resume=False, restart=True)
-    T.clear_the_way(checkpoint, resume=True, restart=False)
-    assert checkpoint.read_bytes() == b"a checkpoint"
+        T.check_checkpoint(checkpoint, resume=False, restart=True)
+    T.check_checkpoint(checkpoint, resume=True, restart=False)
     monkeypatch.setenv(name, "0" if value == "3" else "1")  # torchrun without either
-    T.clear_the_way(checkpoint, resume=False, restart=True)
-    assert not checkpoint.exists()
+    T.check_checkpoint(checkpoint, resume=False, restart=True)
+    assert checkpoint.read_bytes() == b"a checkpoint"
 
 
-def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
-    for name in (".checkpoint.pt.4711", ".model.safetensors.12", ".mine", "weights-1.safetensors"):
-        (tmp_path / name).write_bytes(b"")
-    T.clear_the_way(tmp_path / "checkpoint.pt", resume=False, restart=False)
-    assert {path.name for path in tmp_path.iterdir()} == {".mine", "weights-1.safetensors"}
+def test_a_run_touches_no_file_of_others(trained, tmp_path):
+    others = (
+        ".zcompdump-host-5.8",
+        ".bash_history.2024",
+        ".env.1",
+        ".venv.3.11/file",
+        "notes.4711",
+    )
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    assert run_main("--data", trained[0], "--out", tmp_path, *RUN) == 0
+    assert run_main("--data", trained[0], "--out", tmp_path, *RUN, "--restart") == 0
+    assert [(tmp_path / name).read_bytes() for name in others] == [b"mine"] * len(others)
+
+
+def test_a_restart_without_data_discards_nothing(trained, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(trained[0], data)
+    (data / "val.en").unlink()
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(b"a checkpoint")
+    assert run_main("--data", data, "--out", tmp_path, *RUN, "--restart") == 1
+    assert "val.en" in one_line(capsys)
+    assert checkpoint.read_bytes() == b"a checkpoint"
 
 
 def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):

@@ -40,9 +40,12 @@ def matrices(page, after):
 
 def evaluate(matrix):
     """Return the tensor of a matrix of sums and products."""
-    cells = [[cell.replace(r"\cdot", "*") for cell in row] for row in matrix]
-    assert all(re.fullmatch(r"[-+*.\d\s]+", cell) for row in cells for cell in row)
-    return torch.tensor([[float(eval(cell)) for cell in row] for row in cells])
+
+    def value(cell):
+        terms = re.findall(r"[+-]?[^+-]+", re.sub(r"\s", "", cell))
+        return sum(math.prod(map(float, term.split(r"\cdot"))) for term in terms)
+
+    return torch.tensor([[value(cell) for cell in row] for row in matrix])
 
 
 def test_a_matrix_times_itself():

@@ -6,24 +6,24 @@ another name before anything in it is replaced.
 
 import hashlib
 import json
-import os
+import re
 import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from exercises.holes import SOURCES, Task, carry, has
+from exercises.holes import ROOT, SOURCES, Task, carry, has, lost_names, prepare
+from running.shell import write
 
-PRACTICE = SOURCES.parent / "practice"
+PRACTICE = ROOT / "practice"
 ROOMS = ("inputs", "decoding", "running")
 FORMERLY = {  # where the functions of a script stood before there were rooms
+    "attention.py": ["attention.py"],
     "decoding/cache.py": ["cache.py"],
     "decoding/search.py": ["search.py"],
-    "inputs/clothes.py": ["clothes.py"],
-    "inputs/dates.py": ["dates.py"],
+    "fashion-mnist.py": ["fashion-mnist.py"],
     "inputs/pairs.py": ["corpus.py"],
-    "inputs/phrases.py": ["phrases.py"],
-    "inputs/photo.py": ["photo.py"],
-    "running/processes.py": ["processes.py"],
+    "transformer.py": ["transformer.py"],
     "translation.py": ["translation.py", "network.py"],
 }
 
@@ -49,20 +49,12 @@ def read(path: Path) -> str:
     return source
 
 
-def write(path: Path, text: str) -> None:
-    """Write a temporary file, then rename it, so that a crash never leaves a partial file."""
+def save(path: Path, text: str) -> None:
+    """Write a copy of a script, executable if it is a lesson's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        if path.suffix == ".py" and path.parent == PRACTICE:
-            temporary.chmod(0o755)  # executable, like the lessons
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(path, text.encode())
+    if path.parent == PRACTICE:
+        path.chmod(0o755)
 
 
 def read_state() -> State:
@@ -76,7 +68,7 @@ def read_state() -> State:
 
 def write_state(state: State) -> None:
     """Save the learner's progress."""
-    write(PRACTICE / "state.json", json.dumps(asdict(state), indent=1))
+    write(PRACTICE / "state.json", json.dumps(asdict(state), indent=1).encode())
 
 
 def keep(path: Path) -> Path:
@@ -100,29 +92,45 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def functions_of(script: str, state: State, tasks: dict[str, Task]) -> list[str]:
-    """Return the functions of a script that the learner has started."""
-    started = [tasks[name] for name in state.started if tasks[name].script == script]
-    return sorted({task.function for task in started})
+def carry_over(
+    copies: Sequence[str], source: str, tasks: Sequence[Task], done: Collection[str]
+) -> str:
+    """Return a script with the functions of some tasks as a learner wrote them in older copies.
+
+    A function that isn't there, or needs what the script no longer has, is begun again, unless its
+    task is done.
+    """
+    for task in tasks:
+        name = task.function
+        usable = [c for c in copies if has(c, name) and not lost_names(c, name, source)]
+        if usable:
+            source = carry([name], usable[0], source)
+        elif task.name not in done:
+            source = prepare(source, task)
+            print(f"{task.name} begins again, since the code around it has changed.")
+    return source
 
 
 def move_in(state: State, tasks: dict[str, Task]) -> None:
     """Carry what was written before the scripts had rooms over to the files of today."""
     for script, places in FORMERLY.items():
-        source = read(SOURCES / script)
-        for path in (PRACTICE / place for place in places):
-            if not path.exists():
-                continue
-            copy = read(path)
-            mine = [name for name in functions_of(script, state, tasks) if has(copy, name)]
-            source = carry(mine, copy, source)
-            if digest(path) != state.hashes.pop(path.name, None):
-                kept = keep(path).name
-                print(f"What you wrote in practice/{path.name} is in practice/{script} now;")
-                print(f"the old file is kept as {kept}.\n")
-            path.unlink()
-        write(PRACTICE / script, source)
+        mine = [tasks[name] for name in state.started if tasks[name].script == script]
+        old = [PRACTICE / place for place in places if (PRACTICE / place).exists()]
+        # The function that counts exact predictions has another name now.
+        copies = [re.sub(r"\bevaluate\(", "share_exact(", read(path)) for path in old]
+        text = carry_over(copies, read(SOURCES / script), mine, state.done)
+        for path in old:
+            if digest(path) != state.hashes.get(path.name):
+                print(f"practice/{script} takes the place of practice/{path.name},")
+                print(f"which is kept as {keep(path).name}.\n")
+                path.unlink()
+        save(PRACTICE / script, text)
         state.hashes[script] = digest(SOURCES / script)
+    for place in set(state.hashes) - set(scripts(tasks)):
+        path = PRACTICE / place
+        if path.exists() and digest(path) == state.hashes[place]:
+            path.unlink()
+        del state.hashes[place]
 
 
 def refresh(state: State, tasks: dict[str, Task]) -> None:
@@ -131,16 +139,19 @@ def refresh(state: State, tasks: dict[str, Task]) -> None:
     if "cache.py" in state.hashes:
         move_in(state, tasks)
     for name in scripts(tasks):
-        path, source, now = PRACTICE / name, read(SOURCES / name), digest(SOURCES / name)
+        path = PRACTICE / name
+        source = read(SOURCES / name)
+        now = digest(SOURCES / name)
         before = state.hashes.get(name)
         if path.exists() and now == before:
             continue
         if not path.exists():
             state.started = [task for task in state.started if tasks[task].script != name]
         elif digest(path) != before:
-            source = carry(functions_of(name, state, tasks), read(path), source)
+            mine = [tasks[task] for task in state.started if tasks[task].script == name]
+            source = carry_over([read(path)], source, mine, state.done)
             print(f"src/{name} has changed. practice/{name} is a new copy with your functions;")
             print(f"the old one is now {keep(path).name}.\n")
-        write(path, source)
+        save(path, source)
         state.hashes[name] = now
     write_state(state)

@@ -4,13 +4,16 @@ practice.py uses it. A function is found by its name, and a mistake by its exact
 """
 
 import ast
+import symtable
 import textwrap
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 SOURCES = Path(__file__).resolve().parents[1]
+ROOT = SOURCES.parent
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,22 @@ def read_tasks() -> dict[str, Task]:
 
 
 def find(node: ast.AST, name: str) -> ast.FunctionDef:
-    """Find a function by its qualified name. Raises LookupError if there is none."""
+    """Find a function by its qualified name. Raises OSError if a file has lost it."""
     kinds = (ast.ClassDef, ast.FunctionDef)
     for part in name.split("."):
         inside = [child for child in ast.iter_child_nodes(node) if isinstance(child, kinds)]
-        node = next((child for child in inside if child.name == part), ast.Pass())
-    if not isinstance(node, ast.FunctionDef):
-        raise LookupError(f"there is no function {name}")
-    return node
+        named = [child for child in inside if child.name == part]
+        if not named:
+            raise OSError(f"there is no function {name}")
+        node = named[0]
+    return cast(ast.FunctionDef, node)
 
 
 def has(source: str, name: str) -> bool:
     """Return whether a source has a function with this qualified name."""
     try:
         find(ast.parse(source), name)
-    except LookupError:
+    except OSError:
         return False
     return True
 
@@ -92,7 +96,8 @@ def hole_lines(source: str, task: Task) -> slice:
 
 def fill(source: str, task: Task, body: str) -> str:
     """Return the source with another body in place of the lines to write."""
-    lines, hole = source.split("\n"), hole_lines(source, task)
+    lines = source.split("\n")
+    hole = hole_lines(source, task)
     first = next(line for line in lines[hole] if line.strip())
     indent = first[: len(first) - len(first.lstrip())]
     lines[hole] = textwrap.indent(textwrap.dedent(body).strip("\n"), indent).split("\n")
@@ -114,6 +119,23 @@ def carry(functions: Iterable[str], source: str, target: str) -> str:
         lines[function_lines(target, name)] = source.split("\n")[function_lines(source, name)]
         target = "\n".join(lines)
     return target
+
+
+def defined_names(module: symtable.SymbolTable) -> set[str]:
+    """Return the names that a module imports or defines."""
+    symbols = module.get_symbols()
+    return {s.get_name() for s in symbols if s.is_imported() or s.is_assigned()}
+
+
+def lost_names(copy: str, name: str, source: str) -> set[str]:
+    """Return the names that a function takes from its module, and another source doesn't have."""
+    module = symtable.symtable(copy, "copy", "exec")
+    table: symtable.SymbolTable = module
+    for part in name.split("."):
+        (table,) = (child for child in table.get_children() if child.get_name() == part)
+    needed = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    there = defined_names(symtable.symtable(source, "source", "exec"))
+    return needed & defined_names(module) - there
 
 
 def mend(path: Path, script: str, functions: Iterable[str]) -> ast.Module:

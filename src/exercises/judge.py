@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from exercises.holes import SOURCES, mend
+from exercises.holes import ROOT, SOURCES, mend
 
-ROOT = SOURCES.parent
 FORK = sys.platform == "linux"  # elsewhere the libraries do not all survive it
 SECONDS = 15 if FORK else 90  # including imports, unless it is forked
 MEMORY = 4 * 2**30  # bytes
@@ -89,7 +88,8 @@ class Watcher:
     def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo) -> None:
         """Record the first failure."""
         if self.error is None and call.excinfo:
-            self.test, self.error = node.name, call.excinfo.value
+            self.test = node.name
+            self.error = call.excinfo.value
             if isinstance(self.error, pytest.Collector.CollectError):
                 self.error = self.error.__cause__ or self.error
 
@@ -130,10 +130,11 @@ def load(name: str, path: Path, script: str, others: Iterable[str] = ()) -> Modu
 
 def find(module: ModuleType, name: str) -> tuple[Any, Any]:
     """Return the function with a qualified name, and the module or class it belongs to."""
-    owner, function = None, module
-    for part in name.split("."):
-        owner, function = function, vars(function)[part]
-    return function, owner
+    *outer, last = name.split(".")
+    owner: Any = module
+    for part in outer:
+        owner = vars(owner)[part]
+    return vars(owner)[last], owner
 
 
 def describe(value: Any) -> str:
@@ -167,7 +168,8 @@ def difference(given: Any, wanted: Any) -> tuple[str, str] | None:
         kinds = [f"{x.dtype} of shape {tuple(x.shape)}" for x in (given, wanted)]
         if kinds[0] != kinds[1]:
             return kinds[0], kinds[1]
-        a, b = given.flatten().tolist(), wanted.flatten().tolist()
+        a = given.flatten().tolist()
+        b = wanted.flatten().tolist()
         wrong = [i for i in range(len(b)) if not close(a[i], b[i])]
         if not wrong or len(b) <= 20:
             return texts if wrong else None
@@ -200,7 +202,8 @@ def outcome_of(function: Callable[..., Any], call: Call) -> object:
 
 def first_difference(case: Case, watcher: Watcher) -> Iterator[str]:
     """Yield the first call with a wrong result: its arguments, its result, and the right one."""
-    reference, calls = load("reference", SOURCES / case.script, case.script), list(watcher.calls)
+    calls = list(watcher.calls)
+    reference = load("reference", SOURCES / case.script, case.script)
     for call in calls:
         function, _ = find(reference, case.function)
         wanted = outcome_of(function, call)
@@ -225,7 +228,8 @@ def place_of(error: BaseException | None, path: Path) -> str:
 
 def explain(case: Case, watcher: Watcher) -> Iterator[str]:
     """Yield the lines that say what fails."""
-    error, place = watcher.error, place_of(watcher.error, case.path)
+    error = watcher.error
+    place = place_of(error, case.path)
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, NotImplementedError) and place:
         yield f"is still empty: {place}"
@@ -260,7 +264,8 @@ def examine(case: Case, sender: Connection) -> None:
         of_a_room = SOURCES in file.parents and file.parent != Path(__file__).parent
         if of_a_room or file.parent == ROOT / "tests":
             del sys.modules[name]
-    watcher, status = Watcher(), 1
+    watcher = Watcher()
+    status = 1
     try:
         module = load(case.module, case.path, case.script, case.others)
         if case.function.partition(".")[0] not in ("", *vars(module)):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from explorer.switches import Branch, Formula, letter
 
-BLUE, ORANGE = (42, 143, 208), (213, 94, 0)  # RGB
+BLUE = (42, 143, 208)  # RGB
+ORANGE = (213, 94, 0)
 STYLE = """<style>
 html {font-size: 16px;}
 .tables {display: flex; flex-wrap: wrap; gap: 8px 32px; width: 100%;}
@@ -42,7 +43,7 @@ def visible(token: str) -> str:
     return ("◌" if accents else "") + "".join("␣" if c.isspace() else c for c in token)
 
 
-def number(x: float) -> str:
+def decimal(x: float) -> str:
     """Format a number with two decimals, and mark NaN."""
     if math.isnan(x):
         return "✗ NaN"
@@ -70,7 +71,7 @@ def heat(
             red, green, blue = BLUE if x > 0 else ORANGE
             share = 0.75 * min(1, abs(x) / top) if math.isfinite(x) else 0
             style = f"background: rgba({red}, {green}, {blue}, {share:.2f})"
-            text = escape(texts[i][j]) if texts else number(x)
+            text = escape(texts[i][j]) if texts else decimal(x)
             cells += f'<td style="{style}" title="{x:.4g}">{text}</td>'
         lines.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
     return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
@@ -83,8 +84,9 @@ def pixels(title: str, matrix: Tensor, size: int = 4) -> str:
     rgb = (255 + share.abs() * (color - 255)).to(torch.uint8)  # (T, S, 3)
     file = io.BytesIO()
     Image.fromarray(rgb.numpy()).save(file, "PNG")
-    data, size = base64.b64encode(file.getvalue()).decode(), size * matrix.shape[1]
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(title)}" width="{size}" '
+    data = base64.b64encode(file.getvalue()).decode()
+    width = size * matrix.shape[1]
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(title)}" width="{width}" '
     image += 'style="image-rendering: pixelated">'
     return f'<figure class="scroll"><figcaption>{escape(title)}</figcaption>{image}</figure>'
 
@@ -128,7 +130,9 @@ def tree(steps: Sequence[Sequence[Branch]], best: Sequence[int], vocabulary: dic
     places: dict[tuple[int, ...], tuple[int, int]] = {}
     for n, step in enumerate(steps):
         for row, branch in enumerate(step):
-            x, y = places[branch.tokens] = 4 + 84 * n, 20 + 44 * row
+            x = 4 + 84 * n
+            y = 20 + 44 * row
+            places[branch.tokens] = (x, y)
             on_path = branch.tokens == tuple(best[:n])
             if n:
                 left, above = places[branch.tokens[:-1]]
@@ -138,7 +142,7 @@ def tree(steps: Sequence[Sequence[Branch]], best: Sequence[int], vocabulary: dic
             token = visible(letter(branch.tokens[-1], vocabulary)) if n else "start"
             weight = "bold" if on_path else "normal"
             parts.append(f'<text x="{x}" y="{y + 5}" font-weight="{weight}">{escape(token)}')
-            parts.append(f'<tspan x="{x}" dy="16">{number(branch.log_p)}</tspan></text>')
+            parts.append(f'<tspan x="{x}" dy="16">{decimal(branch.log_p)}</tspan></text>')
     return svg(84 * len(steps), 44 * max(map(len, steps)) + 10, parts)
 
 
@@ -148,11 +152,11 @@ def by_hand(steps: Formula, row: int, words: Sequence[str], by_row: bool) -> str
     sums = powers.sum(dim=1 if by_row else 0, keepdim=True).expand_as(powers)
     columns = [x[row].tolist() for x in (steps.scores, steps.scaled, powers, sums, steps.weights)]
     rows = ["q · k", "what the softmax gets, x", "eˣ", "sum of eˣ", "weight: eˣ / sum"]
-    texts = [[number(x) for x in column] for column in columns]
+    texts = [[decimal(x) for x in column] for column in columns]
     color = steps.weights[row].expand(len(rows), -1)
     table = heat(f"“{words[row]}” followed by hand", color, rows, words, texts)
     terms = (f"{text} · v<sub>{j}</sub>" for j, text in enumerate(texts[-1], start=1))
-    result = ", ".join(map(number, steps.output[row].tolist()))
+    result = ", ".join(map(decimal, steps.output[row].tolist()))
     return f"<div>{table}<p>Its output: {' + '.join(terms)} = ({result})</p></div>"
 
 

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Collection, Sequence
 from random import Random
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,15 @@ from attention import (
     PairFinder,
     SelfAttention,
     causal_mask,
+    draw_words,
     padding_mask,
     positional_encoding,
     sample_sequences,
     scaled_dot_product_attention,
 )
-from decoding.search import beam_search
-from inputs.dates import Pair, evaluate
-from inputs.text import BOS, EOS, PAD
+from decoding.search import plain_decoder, search
+from inputs.dates import share_exact
+from inputs.text import BOS, EOS, PAD, Pair
 from transformer import Transformer, encode
 
 RIGHT_MASKS = ("none", "causal", "padding: the last word")
@@ -47,12 +48,7 @@ def draw_sentence(words: Sequence[str], d_k: int, d: int = 6) -> tuple[Tensor, S
     """Draw the embeddings (T, d) and the head that `attention.py --explain` shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vocabulary = sorted(set(words))
-        x = torch.randn(len(vocabulary), d)[[vocabulary.index(word) for word in words]]
-        head = SelfAttention(d, d_k)
-        for W in head.parameters():
-            nn.init.normal_(W, std=d**-0.5)
-    return x, head.requires_grad_(False)
+        return draw_words(words, d, d_k)
 
 
 def attend(
@@ -64,7 +60,8 @@ def attend(
     WRONG_MASKS.
     """
     T, d_k = Q.shape
-    scores, causal = Q @ K.T, causal_mask(T)
+    scores = Q @ K.T
+    causal = causal_mask(T)
     padding = padding_mask(torch.tensor([[*range(1, T), PAD]]), PAD)[0].expand(T, T)
     allowed = dict(zip(RIGHT_MASKS, (None, causal, padding), strict=True)).get(mask)
     logits = scores / math.sqrt(d_k) if scaled else scores
@@ -84,7 +81,8 @@ def attend(
 
 def name_faults(weights: Tensor, mask: str) -> list[str]:
     """Name the faults of weights (T, T): rows that don't add up to 1, a visible future, NaN."""
-    faults, sums = [], weights.sum(dim=1)
+    faults = []
+    sums = weights.sum(dim=1)
     broken = [str(i + 1) for i in sums.isnan().nonzero().flatten().tolist()]
     if broken:
         faults.append(f"NaN in row {', '.join(broken)}: all words are hidden, and 0/0 is NaN.")
@@ -181,8 +179,10 @@ def write_slowly(model: Transformer, source: Tensor, limit: int = 12) -> tuple[T
 
     Return the tokens (B, limit), and the probabilities (B, limit, V) from which each was chosen.
     """
-    memory, memory_mask = model.eval().encode(source), padding_mask(source, PAD)
-    target, probabilities = torch.full((len(source), 1), BOS, device=source.device), []
+    memory = model.eval().encode(source)
+    memory_mask = padding_mask(source, PAD)
+    target = torch.full((len(source), 1), BOS, device=source.device)
+    probabilities = []
     for _ in range(limit):
         probabilities.append(model.decode(target, memory, memory_mask)[:, -1].softmax(dim=-1))
         target = torch.cat((target, probabilities[-1].argmax(dim=-1, keepdim=True)), dim=1)
@@ -202,30 +202,12 @@ def spell(tokens: Sequence[int], vocabulary: dict[str, int]) -> str:
     return "".join(characters.get(i, "?") for i in ids[: ids.index(EOS)])
 
 
-def share_exact(model: Transformer, vocabulary: dict[str, int], pairs: Sequence[Pair]) -> float:
+def score_dates(model: Transformer, vocabulary: dict[str, int], pairs: Sequence[Pair]) -> float:
     """Return the share of dates that are predicted exactly."""
     sources = [encode(text, vocabulary) for text, _ in pairs]
     source = pad_sequence(sources, batch_first=True, padding_value=PAD)
     tokens, _ = write_slowly(model, source)
-    return evaluate(pairs, [spell(row, vocabulary) for row in tokens.tolist()])
-
-
-@torch.inference_mode()
-def look_inside(model: Transformer, source: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Return the weights (H, T, S) of each attention, by its name, for one source and target."""
-    kept: dict[str, Tensor] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, MultiHeadAttention):
-
-            def keep(heads: Any, inputs: tuple[Tensor, ...], _: Tensor, name: str = name) -> None:
-                kept[name] = heads.weights(*inputs)[0]
-
-            hooks.append(module.register_forward_hook(keep))
-    model.eval()(source, target)
-    for hook in hooks:
-        hook.remove()
-    return kept
+    return share_exact(pairs, [spell(row, vocabulary) for row in tokens.tolist()])
 
 
 class Branch(NamedTuple):
@@ -237,26 +219,31 @@ class Branch(NamedTuple):
     score: float  # that, by equation 14 of Wu et al. 2016
 
 
+@torch.inference_mode()
 def watch_beam(
     model: Transformer, source: Tensor, beam: int, alpha: float
 ) -> tuple[list[int], list[list[Branch]]]:
-    """Search with beam_search; return the target it finds, and its branches at each step."""
+    """Search for the target of a source (1, S); return it, and the branches at each step."""
     steps: list[list[Branch]] = []
+    plain = plain_decoder(model.eval(), source, beam)
+    sums = torch.zeros(beam)  # log P of each target
+    log_p = torch.empty(0)
 
-    def decode(target: Tensor, memory: Tensor, memory_mask: Tensor, start: int = 0) -> Tensor:
-        logits = model.decode(target, memory, memory_mask, start)
-        log_p = logits.log_softmax(dim=-1)  # (beam, T, V)
-        sums = log_p[:, :-1].gather(-1, target[:, 1:, None]).sum(dim=(1, 2))
-        ended = sums + log_p[:, -1, EOS]
+    def decode(target: Tensor, rows: Tensor) -> Tensor:
+        nonlocal sums, log_p
+        if steps:
+            sums = sums[rows] + log_p[rows, target[:, -1]]
+        logits = plain(target, rows)
+        log_p = logits.log_softmax(dim=-1)  # (beam, V)
+        ended = sums + log_p[:, EOS]
         scores = ended / ((5 + target.shape[1]) / 6) ** alpha
-        rows = zip(
-            target[:, 1:].tolist(), sums.tolist(), ended.tolist(), scores.tolist(), strict=True
-        )
-        step = {tuple(tokens): Branch(tuple(tokens), *numbers) for tokens, *numbers in rows}
-        steps.append([*step.values()])  # the first rows are all alike
+        numbers = zip(sums.tolist(), ended.tolist(), scores.tolist(), strict=True)
+        branches = {
+            tuple(tokens): Branch(tuple(tokens), *three)
+            for tokens, three in zip(target[:, 1:].tolist(), numbers, strict=True)
+        }
+        steps.append([*branches.values()])  # the first rows are all alike
         return logits
 
-    watched = cast(Any, copy.copy(model))
-    watched.decode = decode
-    (found,) = beam_search(watched, source, beam, alpha, use_cache=False)
+    (found,) = search(decode, source, beam, alpha)
     return found, steps

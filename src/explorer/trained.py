@@ -19,8 +19,10 @@ import transformer
 from inputs.dates import sample_dates, split_days
 from inputs.photo import open_photo, prepare
 from inputs.text import PAD
+from running.shell import open_weights, write
 
-PAIR_STEPS, DATE_EPOCHS = 500, 2  # as in attention.py; two thirds of transformer.py's
+PAIR_STEPS = 500  # as in attention.py
+DATE_EPOCHS = 2  # two thirds of transformer.py's
 DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
 LONGEST = 60  # characters of a date; those of the 26 languages are shorter
 PADS = 4  # behind a date, as if it were in a batch with a longer one
@@ -44,7 +46,7 @@ def counting(model: nn.Module, tick: Callable[[], object]) -> Iterator[None]:
 def save(path: Path, model: nn.Module, about: dict[str, str] | None = None) -> None:
     """Save a network; make its folder if it doesn't exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    transformer.write(path, safetensors.torch.save(model.state_dict(), about))
+    write(path, safetensors.torch.save(model.state_dict(), about))
 
 
 def train_pairs(path: Path, tick: Callable[[], object], steps: int = PAIR_STEPS) -> None:
@@ -67,11 +69,7 @@ def train_dates(path: Path, tick: Callable[[], object], epochs: int = DATE_EPOCH
 
 def open_pairs(path: Path) -> attention.PairFinder:
     """Read the two heads that attention.py saved. Raises OSError if `path` is something else."""
-    model = attention.PairFinder(2)
-    try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except Exception as error:  # a broken file fails in many ways
-        raise OSError(f"{str(path)!r} is not a model saved by attention.py") from error
+    model, _ = open_weights(path, lambda about: attention.PairFinder(2))
     return model.eval()
 
 
@@ -97,7 +95,8 @@ def read_losses(runs: Path) -> dict[str, dict[str, list[float]]]:
             if isinstance(rows[0], dict):
                 names = ["training_loss", "validation_loss"]
             else:  # of transformer.py: loss, accuracy, seconds
-                names, rows = ["training_loss"], [{"training_loss": row[0]} for row in rows]
+                names = ["training_loss"]
+                rows = [{"training_loss": row[0]} for row in rows]
             lines = {name: [float(row[name]) for row in rows] for name in names}
         except (OSError, ValueError, LookupError, TypeError):
             continue  # the metrics of something else, or broken ones

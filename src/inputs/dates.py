@@ -10,14 +10,16 @@ from random import Random
 
 from babel.dates import format_date, get_date_format
 
+from inputs.text import Pair
+
 LANGUAGES = (
     "ar", "bg", "cs", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "hu",
     "it", "ja", "ka", "ko", "nl", "pl", "pt", "ru", "sv", "th", "tr", "uk", "zh",
 )  # fmt: skip
-FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
-TEST_DAYS, VALIDATION_DAYS = 5000, 1000  # which training never sees, in any language
-
-Pair = tuple[str, str]  # a date as people write it, and in ISO 8601
+FIRST_DAY = datetime.date(1900, 1, 1)
+DAYS = 73_049  # up to the end of 2099
+TEST_DAYS = 5000  # which training never sees, in any language
+VALIDATION_DAYS = 1000  # nor these
 
 
 def date_forms(language: str) -> list[str]:
@@ -30,11 +32,12 @@ def date_forms(language: str) -> list[str]:
 
 
 def sample_dates(days: Sequence[int], random: Random) -> list[Pair]:
-    """Write each of the days, counted from FIRST_DAY, in a random language and form."""
+    """Write each day, counted from FIRST_DAY, in a random language and form, and in ISO 8601."""
     forms = {language: date_forms(language) for language in LANGUAGES}
     pairs = []
     for day in days:
-        date, language = FIRST_DAY + datetime.timedelta(days=day), random.choice(LANGUAGES)
+        date = FIRST_DAY + datetime.timedelta(days=day)
+        language = random.choice(LANGUAGES)
         text = format_date(date, random.choice(forms[language]), language)
         pairs.append((text, date.isoformat()))
     return pairs
@@ -42,18 +45,19 @@ def sample_dates(days: Sequence[int], random: Random) -> list[Pair]:
 
 def split_days() -> tuple[list[int], list[int], list[int]]:
     """Return the days for training, validation and test; no day is in two of them."""
-    days, held_out = Random(0).sample(range(DAYS), DAYS), TEST_DAYS + VALIDATION_DAYS
+    days = Random(0).sample(range(DAYS), DAYS)
+    held_out = TEST_DAYS + VALIDATION_DAYS
     return days[held_out:], days[TEST_DAYS:held_out], days[:TEST_DAYS]
 
 
-def evaluate(pairs: Sequence[Pair], found: Sequence[str]) -> float:
+def share_exact(pairs: Sequence[Pair], found: Sequence[str]) -> float:
     """Return the share of dates that were predicted exactly."""
     return sum(iso == each for (_, iso), each in zip(pairs, found, strict=True)) / len(pairs)
 
 
 def show_test(pairs: Sequence[Pair], found: Sequence[str]) -> None:
     """Print how many dates were predicted exactly, and examples, mistakes first."""
-    print(f"\nTest: {evaluate(pairs, found):.2%} of {len(pairs):,} dates exactly\n")
+    print(f"\nTest: {share_exact(pairs, found):.2%} of {len(pairs):,} dates exactly\n")
     rows = sorted(zip(pairs, found, strict=True), key=lambda row: row[0][1] == row[1])
     for (text, iso), guess in rows[:12]:
         print(f"{guess}  {'' if guess == iso else f'not {iso}':14}  {text}")

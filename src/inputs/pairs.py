@@ -29,6 +29,7 @@ from inputs.text import (
     LONGEST,
     MAX_LENGTH,
     PAD,
+    Pair,
     examine,
     make_tokenizer,
     read_lines,
@@ -38,7 +39,6 @@ UNBROKEN = re.compile(r"\S{1000}")  # training the tokenizer takes too long on e
 SAMPLE = 500_000  # pairs to train the tokenizer on, at most
 CHUNK = 10_000  # pairs encoded at once
 
-Pair = tuple[str, str]  # source and target
 Tests = dict[str, list[Pair]]
 
 
@@ -109,12 +109,14 @@ class Corpus:
 
 def encode(tokenizer: Tokenizer, pairs: Iterable[Pair], path: Path, total: int) -> None:
     """Encode usable pairs of at most MAX_LENGTH tokens per side to `path`.tokens and .offsets."""
-    offsets, stream = array("q", [0]), iter(pairs)
+    offsets = array("q", [0])
+    stream = iter(pairs)
     bar = tqdm(total=total, desc=f"encoding {path.name}", unit=" pairs", leave=False, disable=None)
     with path.with_suffix(".tokens").open("wb") as file:
         while chunk := list(islice(stream, CHUNK)):
             kept = [text for pair in chunk if usable(pair) for text in pair]
-            encodings, ids = iter(tokenizer.encode_batch_fast(kept)), array("i")
+            encodings = iter(tokenizer.encode_batch_fast(kept))
+            ids = array("i")
             for source, target in zip(encodings, encodings, strict=True):
                 if max(len(source), len(target)) < MAX_LENGTH:
                     ids.extend([*source.ids, EOS, BOS, *target.ids, EOS])
@@ -149,7 +151,8 @@ def prepare_corpus(
     Returns the folder in `cache`, named after a digest of its sources and settings, and the number
     of training pairs in the text. Raises OSError if the text is missing, broken, or unusable.
     """
-    name, counts = f"{vocab_size} {MAX_LENGTH} {SAMPLE}", {}
+    name = f"{vocab_size} {MAX_LENGTH} {SAMPLE}"
+    counts = {}
     for split in ("train", "val"):
         found = [examine(folder / f"{split}.{language}") for language in languages]
         (counts[split], _), (lines, _) = found
@@ -183,13 +186,16 @@ def cut(lengths: Tensor, tokens: int) -> list[int]:
 
     A batch has at most `tokens` tokens with padding, or one pair.
     """
-    sides, ends = lengths.numpy(), [0]
-    while ends[-1] < len(sides):
-        most = tokens // int(sides[ends[-1]].sum()) + 1
-        widths = np.maximum.accumulate(sides[ends[-1] : ends[-1] + most]).sum(axis=1)
+    sides = lengths.numpy()
+    ends = []
+    start = 0
+    while start < len(sides):
+        most = tokens // int(sides[start].sum()) + 1
+        widths = np.maximum.accumulate(sides[start : start + most]).sum(axis=1)
         fit = widths * np.arange(1, len(widths) + 1) <= tokens
-        ends.append(ends[-1] + max(1, int(fit.sum())))
-    return ends[1:]
+        start += max(1, int(fit.sum()))
+        ends.append(start)
+    return ends
 
 
 def make_batches(lengths: Tensor, tokens: int, generator: torch.Generator) -> list[Tensor]:

@@ -18,6 +18,8 @@ from babel.lists import format_list
 from babel.numbers import format_currency
 from babel.units import format_unit, get_unit_name
 
+from inputs.text import Pair
+
 COUNTS = {"train": 100_000, "val": 1000, "test": 2000}  # pairs
 SECONDS = {  # in a unit of time: the most units before Babel takes a larger one
     1: 50, 60: 50, 3600: 20, 86_400: 5, 7 * 86_400: 3, 30 * 86_400: 10, 365 * 86_400: 99,
@@ -28,15 +30,15 @@ UNITS = (
     "digital-megabyte", "energy-kilowatt-hour", "power-watt", "frequency-hertz",
 )  # fmt: skip
 CURRENCIES = ("EUR", "USD", "GBP", "JPY", "CHF", "SEK", "INR", "BRL")
-FIRST_DAY, DAYS = datetime.date(1900, 1, 1), 73_049  # up to the end of 2099
-
-Pair = tuple[str, str]  # source and target
+FIRST_DAY = datetime.date(1900, 1, 1)
+DAYS = 73_049  # up to the end of 2099
 Phrase = Callable[[Locale], str]
 
 
 def sample_phrase(random: Random, units: Sequence[str]) -> Phrase:
     """Draw a time, a span, an amount of a unit or of money, or a date."""
-    choice, amount = random.randrange(5), round(10 ** random.uniform(0, 5), random.choice((0, 2)))
+    choice = random.randrange(5)
+    amount = round(10 ** random.uniform(0, 5), random.choice((0, 2)))
     if choice == 0:
         date = FIRST_DAY + datetime.timedelta(days=random.randrange(DAYS))
         return lambda locale: format_date(date, "full", locale)
@@ -58,7 +60,8 @@ def sample_pairs(languages: Sequence[str], split: str, seed: int = 0) -> Iterato
 
     A checksum of the source decides which split it belongs to.
     """
-    random, (source, target) = Random(f"{seed} {split}"), map(Locale.parse, languages)
+    random = Random(f"{seed} {split}")
+    source, target = map(Locale.parse, languages)
     units = [
         u for u in UNITS if get_unit_name(u, locale=source) and get_unit_name(u, locale=target)
     ]

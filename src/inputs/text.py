@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 PAD, BOS, EOS = range(3)  # the marks <pad>, <s> and </s>: padding, beginning and end of a sequence
 MAX_LENGTH = 256  # tokens in a sequence, with its end
 LONGEST = 5000  # characters in a line; 256 tokens have fewer
+Pair = tuple[str, str]  # source and target: a date and its ISO form, or a sentence and another
 
 
 @contextmanager
@@ -45,11 +46,14 @@ def read_lines(path: Path) -> Iterator[str]:
 
 def examine(path: Path) -> tuple[int, str]:
     """Return the number of lines of `path` or `path`.gz, and a digest of its content."""
-    digest, lines, last = hashlib.sha256(), 0, b"\n"
+    digest = hashlib.sha256()
+    lines = 0
+    last = b"\n"
     with open_text(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
-            lines, last = lines + block.count(b"\n"), block[-1:]
+            lines += block.count(b"\n")
+            last = block[-1:]
     return lines + (last != b"\n"), digest.hexdigest()
 
 
@@ -63,7 +67,8 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet, marks = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    marks = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
     )

@@ -1,6 +1,5 @@
 """Tools of translation.py for several processes, and for runs that a job scheduler may stop."""
 
-import argparse
 import datetime
 import os
 import signal
@@ -35,7 +34,8 @@ def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
         name = store.get(question).decode()  # waits for the answer
         store.set(f"{name} is known to {rank}", "")
     else:
-        name, end = uuid4().hex, time.monotonic() + LOST.total_seconds()
+        name = uuid4().hex
+        end = time.monotonic() + LOST.total_seconds()
         while not all(store.check([f"{name} is known to {other}"]) for other in range(1, world)):
             if time.monotonic() > end:
                 raise TimeoutError("a process was lost before all had started")
@@ -155,15 +155,3 @@ def catching_signals() -> Iterator[list[int]]:
         yield signals
     finally:
         restore()
-
-
-def usable_device(name: str) -> torch.device:
-    """Parse --device; argparse refuses the option unless a tensor can be made there."""
-    if name != "cpu" and "LOCAL_RANK" in os.environ:  # a GPU for each process, and no other
-        name = f"{name.partition(':')[0]}:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as error:  # each kind of device fails in its own way
-        reason = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"{name!r} can't be used here: {reason}") from None
-    return torch.device(name)

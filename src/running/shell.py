@@ -1,0 +1,167 @@
+"""What a script needs besides PyTorch: options that all have, one-line errors, files kept whole.
+
+transformer.py, translation.py and practice.py use it.
+"""
+
+import argparse
+import functools
+import io
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import safetensors
+import torch
+from torch import nn
+
+Arguments = ParamSpec("Arguments")
+Model = TypeVar("Model", bound=nn.Module)
+BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Make a `main` end as a person expects: no traceback for what a person can cause.
+
+    `main` returns the exit status. Ctrl-C gives 130, and a closed pipe, as with `| head`, 141. An
+    OSError, a loss that isn't finite and a lack of memory give 1, and one line that says what is
+    wrong.
+    """
+
+    @functools.wraps(main)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        try:
+            status = main(*arguments, **options)
+            print(end="", flush=True)  # here at the latest, a closed pipe is noticed
+            return status
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (OSError, FloatingPointError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not lacks_memory(error):
+                raise
+            print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Return whether PyTorch raised this for want of memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, fit to be printed."""
+    return printable(str(error).partition("\n")[0])
+
+
+def printable(text: object) -> str:
+    """Return text with ? for all that could steer a terminal; spaces and joiners stay."""
+
+    def steers(character: str) -> bool:
+        kind = unicodedata.category(character)
+        return kind in ("Cc", "Cs", "Zl", "Zp") or character in BIDIRECTIONAL
+
+    return "".join("?" if steers(character) else character for character in str(text))
+
+
+def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that all have: --seed, --device, --out (runs/NAME)."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    about = (description or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
+    add = parser.add_argument
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="fixes every random choice")
+    add("--device", type=usable_device, default=device, help="where to compute")
+    add("--out", type=Path, default=Path("runs", name), help="folder for the results")
+    return parser
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            value = type(low)(text)
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"must be between {low:,} and {high:,}")
+
+    return parse
+
+
+def usable_device(name: str) -> torch.device:
+    """Parse --device; argparse refuses the option unless a tensor can be made there."""
+    if name != "cpu" and "LOCAL_RANK" in os.environ:  # a GPU for each process, and no other
+        name = f"{name.partition(':')[0]}:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # each kind of device fails in its own way
+        reason = f"{name!r} can't be used here: {first_line(error)}"
+        raise argparse.ArgumentTypeError(reason) from None
+    return torch.device(name)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, then rename it, so that a crash never leaves a partial file.
+
+    What a killed process leaves beside it is overwritten by the next one. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusing(path: Path, message: str) -> Iterator[None]:
+    """Turn every error into an OSError: a broken or foreign file fails in many ways."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # says nothing about the file
+        raise
+    except Exception as error:
+        known = isinstance(error, OSError | ValueError)
+        reason = first_line(error) if known else "it is broken, or from another script"
+        raise OSError(f"{message}: {path}: {reason}") from error
+
+
+def open_weights(
+    path: Path, make: Callable[[dict[str, str]], Model]
+) -> tuple[Model, dict[str, str]]:
+    """Open a saved network; return it, and what its file says about it, from which `make` makes it.
+
+    Raises OSError if the file is missing, broken, or another network's. A file can't ask for more
+    memory than its own size: the shapes are compared before anything is allocated.
+    """
+    with refusing(path, "not a model saved by this script; train one first"):
+        with safetensors.safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            names = list(file.keys())
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            with torch.device("meta"):  # takes no memory, whatever the file says
+                state = make(about).state_dict()
+            if found != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+                raise ValueError("its weights have other sizes than its settings require")
+            weights = {name: file.get_tensor(name) for name in found}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("some of its weights are not finite")
+        model = make(about)
+        model.load_state_dict(weights)
+    return model, about
