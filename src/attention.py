@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from unicodedata import normalize
+from unicodedata import category, normalize
 
 import safetensors.torch
 import torch
@@ -361,11 +361,11 @@ def draw_heads(weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> 
 
 def split_words(sentence: str) -> list[str]:
     """Parse --explain: 1 to MAX_WORDS words, without what could steer the terminal."""
-    composed = normalize("NFC", sentence)  # one é, however it was typed
-    words = ["".join(c if c.isprintable() else "?" for c in word) for word in composed.split()]
+    words = normalize("NFC", sentence).split()  # one é, however it was typed
     if not 1 <= len(words) <= MAX_WORDS:
         raise argparse.ArgumentTypeError(f"must have 1 to {MAX_WORDS} words; more don't fit")
-    return words
+    hidden = ("Cc", "Cf", "Cs")
+    return ["".join("?" if category(c) in hidden else c for c in word) for word in words]
 
 
 def usable_device(name: str) -> str:

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category
 
 import numpy as np
 import safetensors.torch
@@ -44,7 +45,9 @@ def read_idx(path: Path) -> Tensor:
     """Read the bytes of an IDX file, gzipped or not, in their shape. Raises OSError if it can't."""
     zipped = path.with_name(path.name + ".gz")
     try:
-        with gzip.open(zipped) if zipped.exists() else path.open("rb") as file:
+        if not (path.is_file() or zipped.is_file()):
+            raise FileNotFoundError(f"{path} is no file, nor is {zipped.name}")
+        with path.open("rb") if path.is_file() else gzip.open(zipped) as file:
             content = bytearray(file.read(LARGEST + 1))
         dimensions = content[3]
         shape = [int.from_bytes(content[4 * n : 4 * n + 4]) for n in range(1, dimensions + 1)]
@@ -313,7 +316,7 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
         raise OSError(f"--predict needs the folder inputs/ beside this script: {error}") from error
     status = 0
     for photo in photos:
-        name = "".join(c if c.isprintable() else "?" for c in str(photo))
+        name = "".join("?" if category(c) in ("Cc", "Cf", "Cs") else c for c in str(photo))
         try:
             image = prepare(open_photo(photo))
         except Exception as error:  # Pillow's decoders fail in many ways on a broken file
@@ -322,6 +325,8 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
             continue
         show_image(image)
         best = predict(model, image.unsqueeze(0)).softmax(dim=1)[0].topk(3)
+        if not best.values.isfinite().all():
+            raise FloatingPointError("the saved network computes no numbers; train it again")
         answer = ", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in zip(*best, strict=True))
         print(f"{name}: {answer}", flush=True)
     return status

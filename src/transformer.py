@@ -17,7 +17,6 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from attention import MultiHeadAttention, causal_mask, draw_heads, padding_mask,
 from decoding.cache import cached
 from inputs.dates import sample_dates, share_exact, show_test, split_days
 from inputs.text import BOS, EOS, MAX_LENGTH, PAD, Pair
-from running.shell import command, make_parser, number, open_weights, printable, write
+from running.shell import command, make_parser, number, open_weights, printable, save_weights, write
 
 UNKNOWN = 3  # the token of a character that the vocabulary lacks
 BATCHES = 625  # in an epoch
@@ -302,7 +301,7 @@ def open_model(path: Path) -> tuple[Transformer, dict[str, int]]:
 def save(model: Transformer, vocabulary: dict[str, int], metrics: object, out: Path) -> None:
     """Save the network with its vocabulary, a picture of where it looks, and the metrics."""
     about = {"characters": "".join(vocabulary)}
-    write(out / "model.safetensors", safetensors.torch.save(model.state_dict(), about))
+    save_weights(out / "model.safetensors", model, about)
     write(out / "attention.png", draw_attention(model, vocabulary, EXAMPLE))
     write(out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
 

@@ -15,9 +15,11 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,12 +27,14 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import category, normalize
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from sacrebleu.metrics import BLEU, CHRF
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -43,14 +47,16 @@ from inputs.pairs import (
     Corpus,
     Pair,
     Tests,
+    count_seen,
     cut,
+    find_tests,
     make_batches,
     open_corpus,
     prepare_corpus,
     read_tests,
 )
-from inputs.phrases import check_languages, write_phrases
-from inputs.text import BOS, EOS, MAX_LENGTH, PAD, open_tokenizer
+from inputs.phrases import check_languages, phrases_name, write_phrases
+from inputs.text import BOS, EOS, MAX_LENGTH, PAD, decode_lines, open_tokenizer
 from running.processes import (
     alone,
     by_first,
@@ -65,7 +71,9 @@ from running.shell import (
     number,
     open_weights,
     printable,
+    read_weights,
     refusing,
+    save_weights,
     write,
 )
 from transformer import (
@@ -77,6 +85,13 @@ from transformer import (
     look_inside,
 )
 
+FONTS = (  # the first that has a character draws it
+    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC",
+    "Yu Gothic", "Malgun Gothic", "Microsoft YaHei", "WenQuanYi Zen Hei", "Noto Sans Devanagari",
+    "Noto Sans Thai",
+)  # fmt: skip
+RESULTS = ("checkpoint.pt", "model.safetensors", "metrics.json", "losses.png", "attention.png")
+UNSPACED = {"ja", "th", "yue", "km", "lo", "my"}  # languages that put no spaces between words
 RANGES: dict[str, tuple[float, float, str]] = {
     "d_model": (1, 4096, "size of the vectors"),
     "num_heads": (1, 64, "heads of each attention"),
@@ -116,6 +131,8 @@ class Settings(Sizes):
         """Check the ranges, so that no option or file can ask for an absurd amount of memory."""
         for name, value in asdict(self).items():
             lowest, highest, _ = RANGES[name]
+            if type(value) is not type(lowest):
+                raise ValueError(f"{flag(name)}: {value!r} is not of the right kind")
             if not lowest <= value <= highest:
                 raise ValueError(f"{flag(name)}: must be between {lowest:,} and {highest:,}")
         if self.d_model % self.num_heads:
@@ -191,7 +208,7 @@ def make_model(settings: Settings, tokenizer: Tokenizer) -> Transformer:
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer, settings: Settings) -> None:
     """Write everything needed for translation to one file."""
     about = {"settings": json.dumps(asdict(settings)), "tokenizer": tokenizer.to_str()}
-    write(path, safetensors.torch.save(model.state_dict(), about))
+    save_weights(path, model, about)
 
 
 def average_weights(model: Transformer, epoch: int, count: int, folder: Path) -> Transformer:
@@ -202,9 +219,9 @@ def average_weights(model: Transformer, epoch: int, count: int, folder: Path) ->
     last = range(max(1, epoch - count + 1), epoch + 1)
     paths = [folder / f"weights-{n % count}.safetensors" for n in last]
     paths[-1].unlink(missing_ok=True)  # if the write fails, no old epoch's may remain
-    write(paths[-1], safetensors.torch.save(model.state_dict()))
+    save_weights(paths[-1], model, {})
     with refusing(folder, "the weights of the last epochs can't be averaged"):
-        states = [safetensors.torch.load_file(path) for path in paths]
+        states = [read_weights(path)[0] for path in paths]
     mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
     average = copy.deepcopy(model)
     average.load_state_dict(mean)
@@ -216,7 +233,10 @@ def open_model(path: Path) -> tuple[Transformer, Tokenizer]:
 
     def make(about: dict[str, str]) -> Transformer:
         settings = Settings(**json.loads(about["settings"]))
-        return make_model(settings, open_tokenizer(about["tokenizer"]))
+        tokenizer = open_tokenizer(about["tokenizer"])
+        if sorted(tokenizer.get_vocab().values()) != [*range(tokenizer.get_vocab_size())]:
+            raise ValueError("the tokens of its vocabulary aren't numbered from 0 on")
+        return make_model(settings, tokenizer)
 
     model, about = open_weights(path, make)
     return model, open_tokenizer(about["tokenizer"])
@@ -395,7 +415,11 @@ def draw_attention(model: Transformer, tokenizer: Tokenizer, pair: Pair) -> byte
     columns, rows = (  # a $ would begin a formula
         [tokenizer.decode([i]).replace("$", r"\$") for i in row] + ["end"] for row in ids
     )
-    return draw_heads(weights[last][0].cpu(), rows, columns)
+    installed = {font.name for font in fontManager.ttflist}
+    families = [name for name in FONTS if name in installed]
+    with rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that none of the fonts has becomes a box
+        return draw_heads(weights[last][0].cpu(), rows, columns)
 
 
 def save_checkpoint(path: Path, run: Run) -> None:
@@ -527,15 +551,22 @@ def save_metrics(run: Run, scores: dict[str, Any], out: Path) -> None:
     write(out / "losses.png", draw_losses(run.progress.rows))
 
 
-def score(pairs: Sequence[Pair], found: Sequence[str]) -> dict[str, float]:
+def bleu_tokenizer(language: str) -> str:
+    """Return how BLEU finds the words of a language: in most, by spaces and punctuation."""
+    code = re.split("[-_]", language)[0].lower()
+    return {"zh": "zh"}.get(code, "char" if code in UNSPACED else "13a")
+
+
+def score(pairs: Sequence[Pair], found: Sequence[str], language: str) -> dict[str, float]:
     """Return the share of exact translations, and BLEU and chrF by sacrebleu (Post 2018).
 
     Their names include sacrebleu's signature, so that others can compute the same scores.
     """
+    words = bleu_tokenizer(language)
     targets = [target for _, target in pairs]
     exact = [target == text for target, text in zip(targets, found, strict=True)]
     scores = {"exactly": 100 * sum(exact) / len(exact)}
-    for metric in (BLEU(), BLEU(lowercase=True), CHRF()):
+    for metric in (BLEU(tokenize=words), BLEU(tokenize=words, lowercase=True), CHRF()):
         value = metric.corpus_score(found, [targets]).score
         scores[f"{type(metric).__name__}  {metric.get_signature()}"] = value
     return scores
@@ -543,16 +574,20 @@ def score(pairs: Sequence[Pair], found: Sequence[str]) -> dict[str, float]:
 
 def save_results(
     run: Run, tests: Tests, beam: int, out: Path
-) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
-    """Test the best network and save the results; return scores and translations."""
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str | None]]]:
+    """Test the best network and save the results; return scores and translations.
+
+    A sentence that is too long, whose translation is None, is scored as empty.
+    """
     model, tokenizer = open_model(out / "model.safetensors")
     model.to(run.model.positions.device)
     scores = {}
     found = {}
     for name, pairs in tests.items():
         sources = [source for source, _ in pairs]
-        found[name] = [text or "" for text in translate(model, tokenizer, sources, beam)]
-        scores[name] = score(pairs, found[name])
+        found[name] = translate(model, tokenizer, sources, beam)
+        texts = [text or "" for text in found[name]]
+        scores[name] = score(pairs, texts, run.identity["languages"][1])
     save_metrics(run, {"beam": beam} | scores, out)
     example = next(pair for pair in next(iter(tests.values())) if all(map(str.strip, pair)))
     write(out / "attention.png", draw_attention(model, tokenizer, example))
@@ -561,19 +596,20 @@ def save_results(
 
 def show_translations(model: Transformer, tokenizer: Tokenizer, text: str, beam: int) -> int:
     """Print the translation of a text, or of lines if it is `-`; return 1 if one is too long."""
-    # Bytes that are not UTF-8 become surrogates in an argument.
-    lines = iter([text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")])
-    at_once = 1000
-    done = 0
-    status = 0
-    quiet = text != "-" or sys.stdout.isatty()
+    lines: Iterator[str] = iter([normalize("NFC", text)])
+    at_once = 1
     if text == "-":
         if sys.stdin is None:
             raise OSError("there is no standard input")
+        lines = decode_lines(sys.stdin.buffer, "standard input")
         at_once = 1 if sys.stdin.isatty() else 1000  # a person waits for each answer
-        lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", errors="replace", newline="\n")
+    elif any(category(character) == "Cs" for character in text):  # a byte that isn't UTF-8
+        raise OSError("the text of --translate is not UTF-8")
+    done = 0
+    status = 0
+    quiet = text != "-" or sys.stdout.isatty()
     bar = tqdm(unit=" lines", leave=False, disable=quiet or None)
-    while chunk := [line.rstrip("\r\n") for line in islice(lines, at_once)]:
+    while chunk := list(islice(lines, at_once)):
         for found in translate(model, tokenizer, chunk, beam):
             done += 1
             if found is None:
@@ -590,29 +626,40 @@ def check_checkpoint(checkpoint: Path, resume: bool, restart: bool) -> None:
     again = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
     machines = os.environ.get("GROUP_WORLD_SIZE")
     if restart and (again not in (None, "0") or machines not in (None, "1")):
-        raise OSError("--restart would discard the checkpoint if torchrun restarts: use --resume")
+        raise OSError("--restart would begin anew each time torchrun restarts: use --resume")
     if checkpoint.exists() and not (resume or restart):
-        raise OSError(f"{checkpoint} exists: --resume continues it, --restart discards it")
+        raise OSError(f"{checkpoint} exists: --resume continues it, --restart begins anew")
     if resume and not checkpoint.exists():
         print(f"no {printable(checkpoint)} yet: starting a new run", file=sys.stderr)
 
 
-def open_data(
-    folder: Path | None, languages: Sequence[str], settings: Settings, out: Path
-) -> tuple[Path, int, Tests]:
-    """Return the folder of the encoded text, the training pairs before filtering, and the tests.
+def set_aside(out: Path, resume: bool) -> None:
+    """Move an earlier run's results to previous/, lest they pass for the new one's.
 
-    Without a folder of text, phrases are written to one first.
+    What previous/ held is overwritten. A run that is resumed keeps its results.
     """
+    if resume and (out / "checkpoint.pt").exists():
+        return
+    found = [out / name for name in RESULTS if (out / name).is_file()]
+    if found:
+        (out / "previous").mkdir(exist_ok=True)
+    for path in found:
+        path.replace(out / "previous" / path.name)
+
+
+def open_data(folder: Path | None, languages: Sequence[str], out: Path) -> tuple[Path, Tests]:
+    """Return the folder of the text, and its tests; without a folder, phrases are written first."""
     if folder is None:
-        folder = out / f"phrases-{'-'.join(languages)}"
+        folder = out / phrases_name(languages)
         write_phrases(folder, languages)
-    tests = read_tests(folder, languages)
-    encoded, count = prepare_corpus(folder, languages, settings.vocab_size, out / "corpus")
-    return encoded, count, tests
+    for name in find_tests(folder, languages)[1]:
+        print(f"{printable(name)} is left out: it has only one side", file=sys.stderr)
+    return folder, read_tests(folder, languages)
 
 
-def show_training(run: Run, encoded: Path, total: int, out: Path, minutes: float) -> int:
+def show_training(
+    run: Run, encoded: Path, counts: dict[str, int], out: Path, minutes: float
+) -> int:
     """Train on the encoded text, and print a line per epoch; return the signal that stopped it."""
     device = run.model.positions.device
     corpus, validation = (open_corpus(encoded / split).to(device) for split in ("train", "val"))
@@ -620,10 +667,10 @@ def show_training(run: Run, encoded: Path, total: int, out: Path, minutes: float
         raise OSError(f"the processes do not see the same {out}")
     if rank_and_world()[0] == 0:
         count = sum(p.numel() for p in run.model.parameters())
-        pairs = len(corpus.lengths)
-        if total > pairs:
-            print(f"{total - pairs:,} pairs are left out: empty, or too long")
-        print(f"{count:,} parameters on {device}, {pairs:,} pairs per epoch\n")
+        for split, kept in (("train", corpus), ("val", validation)):
+            if left_out := counts[split] - len(kept.lengths):
+                print(f"{left_out:,} pairs of {split} are left out: empty, or too long")
+        print(f"{count:,} parameters on {device}, {len(corpus.lengths):,} pairs per epoch\n")
         print("epoch  training loss  validation loss  seconds", flush=True)
     with catching_signals() as signals:
         for row in fit(run, corpus, validation, out, minutes, signals):
@@ -633,15 +680,22 @@ def show_training(run: Run, encoded: Path, total: int, out: Path, minutes: float
     return (signals or [signal.SIGTERM])[0]  # another process got it
 
 
-def show_results(run: Run, tests: Tests, beam: int, out: Path, started: float) -> None:
+def show_results(
+    run: Run, folder: Path, tests: Tests, beam: int, out: Path, started: float
+) -> None:
     """Test the best network; print the scores, three examples of each test, and the seconds."""
     scores, found = save_results(run, tests, beam, out)
+    seen = count_seen(folder, run.identity["languages"], tests)
     for name, pairs in tests.items():
         print(f"\n{printable(name)}: {len(pairs):,} sentences")
+        if too_long := found[name].count(None):
+            print(f"{too_long:,} of them are longer than {MAX_LENGTH} tokens, and count as empty")
+        if seen[name]:
+            print(f"{seen[name]:,} of their sources stand in the training text, too")
         for metric, value in scores[name].items():
             print(f"{value:7.2f}  {metric}")
         for (source, target), text in list(zip(pairs, found[name], strict=True))[:3]:
-            print(f"\n  {printable(source)}\n  {printable(text)}")
+            print(f"\n  {printable(source)}\n  {printable(text or '')}")
             print(f"  {printable(target)} (reference)")
     print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s", flush=True)
 
@@ -662,7 +716,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--from", dest="source", default="de", help="language to translate from")
     add("--to", dest="target", default="en", help="language to translate to")
     once("--resume", action="store_true", help="continue from a checkpoint, if there is one")
-    once("--restart", action="store_true", help="discard a checkpoint")
+    once("--restart", action="store_true", help="begin anew; old results move to previous/")
     add("--save-minutes", type=number(0.0, 1e6), default=10.0, help="between checkpoints")
     add("--translate", metavar="TEXT", help="translate and exit; - reads stdin")
     add("--beam", type=number(1, 100), default=4, help="unfinished translations to keep")
@@ -700,16 +754,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with joined_processes(args.device), alone(out):
         by_first(lambda: check_checkpoint(checkpoint, args.resume, args.restart))
-        encoded, total, tests = by_first(lambda: open_data(args.data, languages, settings, out))
+        folder, tests = by_first(lambda: open_data(args.data, languages, out))
+        encoded, counts = by_first(
+            lambda: prepare_corpus(folder, languages, settings.vocab_size, out / "corpus")
+        )
         tokenizer = open_tokenizer((encoded / "tokenizer.json").read_text(encoding="utf-8"))
         identity = {"seed": args.seed, "languages": languages, "text": encoded.name}
         identity |= asdict(settings)
-        if args.restart:
-            by_first(lambda: checkpoint.unlink(missing_ok=True))
+        by_first(lambda: set_aside(out, args.resume))
         run = begin(checkpoint, identity, settings, tokenizer, args.device)
-        stopped = show_training(run, encoded, total, out, args.save_minutes)
+        stopped = show_training(run, encoded, counts, out, args.save_minutes)
         if not stopped:
-            by_first(lambda: show_results(run, tests, args.beam, out, started))
+            by_first(lambda: show_results(run, folder, tests, args.beam, out, started))
         elif rank_and_world()[0] == 0:
             print("translation.py: stopped; use --resume to continue", file=sys.stderr)
     return 128 + stopped if stopped else 0

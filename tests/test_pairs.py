@@ -1,7 +1,9 @@
 """Parallel text becomes tokens in one file, and batches of them."""
 
 import gzip
+import os
 import re
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -91,7 +93,7 @@ def test_pairs_with_a_side_that_is_empty_or_too_long_are_left_out(words, tmp_pat
     assert [len(words.encode(text).ids) for text in (longest, longer)] == [255, 256]
     pairs = [("ein", nothing), SENTENCES[0], (nothing, "a"), (longest, longest)]
     pairs += [(longest, longer), (longer, longest), (nothing, nothing)]
-    pairs += [("x" * 1000, "a"), ("a " * 3000, "a")]
+    pairs += [("x" * 1000, "a"), ("a " * 3000, "a"), ("\u200b", "a")]
     corpus = encoded(words, pairs, tmp_path)
     expected = encoded(words, [pairs[1], pairs[3]], tmp_path)
     assert torch.equal(corpus.tokens, expected.tokens)
@@ -108,9 +110,9 @@ def prepare(folder, cache, languages=BOTH, vocab_size=320):
 def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(text_folder, tmp_path):
     cache = tmp_path / "cache"
     path, count = prepare(text_folder, cache)
-    assert count == 30 * len(SENTENCES)
+    assert count == {"train": 30 * len(SENTENCES), "val": 2}
     assert {p.name for p in path.iterdir()} == {
-        "tokenizer.json", "train.tokens", "train.offsets", "val.tokens", "val.offsets",
+        "sums.json", "tokenizer.json", "train.tokens", "train.offsets", "val.tokens", "val.offsets",
     }  # fmt: skip
     tokenizer = open_tokenizer((path / "tokenizer.json").read_text())
     corpus = C.open_corpus(path / "val")
@@ -159,6 +161,29 @@ def test_a_broken_encoding_is_named(text_folder, tmp_path, name, size):
         C.open_corpus(path / name.partition(".")[0])
 
 
+@pytest.mark.parametrize("name", ["train.tokens", "val.offsets", "tokenizer.json", "sums.json"])
+@pytest.mark.parametrize("how", ["flipped", "empty", "missing", "folder"])
+def test_an_encoding_that_has_changed_is_refused(text_folder, tmp_path, name, how):
+    path, _ = prepare(text_folder, tmp_path / "cache")
+    content = bytearray((path / name).read_bytes())
+    (path / name).unlink()
+    if how == "folder":
+        (path / name).mkdir()
+    elif how != "missing":
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content if how == "flipped" else b"")
+    with pytest.raises(OSError, match=f"{path.name} is broken; delete it to make it again"):
+        prepare(text_folder, tmp_path / "cache")
+
+
+def test_an_encoding_that_was_copied_is_the_same(text_folder, tmp_path):
+    path, counts = prepare(text_folder, tmp_path / "cache")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    shutil.copytree(path, copied / path.name, copy_function=shutil.copyfile)
+    assert prepare(text_folder, copied) == (copied / path.name, counts)
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 def test_the_tokens_stay_in_the_file_which_all_processes_share(tmp_path):
     torch.arange(1_000_000, dtype=torch.int32).numpy().tofile(tmp_path / "train.tokens")
@@ -185,6 +210,9 @@ def test_the_tokenizer_is_learned_from_a_bounded_sample(text_folder, tmp_path, m
     assert len(set(seen)) == 2 * len(SENTENCES)
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 def shorten(path):
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -196,10 +224,19 @@ def shorten(path):
         ("train.en.gz", Path.unlink, "train.en"),
         ("train.de.gz", shorten, "train.de.gz is broken"),
         ("train.de.gz", lambda path: path.write_bytes(b"404"), "train.de.gz is broken"),
-        ("val.en", lambda path: path.write_bytes(b"\xff\xfe\n\n"), "val.en is broken"),
+        ("val.en", lambda path: path.write_bytes(b"a\n\xff\xfe\n"), "val.en, line 2: not UTF-8"),
+        ("val.en", lambda path: path.write_text("a\nb", "utf-16"), "val.en, line 1: not UTF-8"),
+        ("val.en", lambda path: path.write_bytes(b"a\rb\r"), "val.en: its lines end in carriage"),
+        (
+            "val.en",
+            lambda path: path.with_name("val.en.gz").touch(),
+            "val.en and val.en.gz are",
+        ),
+        ("val.en", lambda path: path.unlink() or os.mkfifo(path), "val.en is not a plain file"),
+        ("val.en", lambda path: path.write_text(LFS), "val.en is only a pointer of Git LFS"),
         ("val.en", lambda path: path.write_text("one\n"), "val.de and val.en have 2 and 1 lines"),
     ],
-    ids=range(6),
+    ids=range(11),
 )
 def test_broken_text_is_named(text_folder, tmp_path, name, spoil, message):
     spoil(text_folder / name)

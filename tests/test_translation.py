@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -40,7 +41,7 @@ from conftest import (
 )
 from inputs.pairs import make_batches, open_corpus
 from inputs.text import BOS, EOS
-from running import processes
+from running import processes, shell
 from transformer import Sizes, Transformer, learning_rate
 from translation import PreNormTransformer
 
@@ -585,8 +586,8 @@ def test_a_loss_that_breaks_ends_in_one_line_and_saves_nothing(
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run_main("--data", trained[0], "--out", tmp_path, *RUN) == 1
     one_line(capsys)
-    assert results(tmp_path) == {"model.safetensors"}
-    assert (tmp_path / "model.safetensors").read_bytes() == b"old"
+    assert results(tmp_path) == {"previous"}
+    assert (tmp_path / "previous/model.safetensors").read_bytes() == b"old"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -609,8 +610,8 @@ def test_an_older_model_is_not_reported_if_no_validation_loss_is_finite(
     printed = capsys.readouterr()
     assert "validation loss became" in printed.err
     assert "BLEU" not in printed.out
-    assert results(tmp_path) == {"model.safetensors"}
-    assert (tmp_path / "model.safetensors").read_bytes() == content
+    assert results(tmp_path) == {"previous"}
+    assert (tmp_path / "previous/model.safetensors").read_bytes() == content
 
 
 def test_the_best_network_is_kept_and_not_the_last(trained, tmp_path, capsys, monkeypatch):
@@ -654,7 +655,7 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.split("\n")
-    assert lines[0] == "4 pairs are left out: empty, or too long"
+    assert lines[0] == "4 pairs of train are left out: empty, or too long"
     parameters = sum(x.numel() for x in load(out).values())
     assert lines[1] == f"{parameters:,} parameters on cpu, 120 pairs per epoch"
     metrics = json.loads((out / "metrics.json").read_text())
@@ -663,7 +664,8 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     assert len(metrics["epochs"]) == 8
     assert list(metrics["test"]) == ["beam", "test.more", "test2016"]
     for name in ("test.more", "test2016"):
-        place = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        place = 1 + next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        assert lines[place].endswith(" of their sources stand in the training text, too")
         for line, (metric, value) in zip(
             lines[place + 1 :], metrics["test"][name].items(), strict=False
         ):
@@ -680,9 +682,9 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
 
 def test_scores_are_those_of_sacrebleu():
     pairs = [("x", "The cat sat on the mat ."), ("y", "A dog runs in the snow .")]
-    same = T.score(pairs, [target for _, target in pairs])
+    same = T.score(pairs, [target for _, target in pairs], "en")
     assert list(same.values()) == pytest.approx([100] * 4)
-    found = T.score(pairs, ["the cat sat on the mat .", "A dog runs in the snow ."])
+    found = T.score(pairs, ["the cat sat on the mat .", "A dog runs in the snow ."], "en")
     exactly, mixed, lower, chrf = found.values()
     assert exactly == 50
     assert 0 < mixed < lower == pytest.approx(100)
@@ -691,12 +693,69 @@ def test_scores_are_those_of_sacrebleu():
     assert ["case:mixed" in list(found)[1], "case:lc" in list(found)[2]] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("en", "13a"),
+        ("zh_Hant", "zh"),
+        ("ja", "char"),
+        ("th", "char"),
+        ("yue", "char"),
+        ("ko", "13a"),
+    ],
+)
+def test_words_are_counted_as_the_language_has_them(language, words):
+    pairs = [("x", "今天天气很好我们去公园"), ("y", "明天也很好")]
+    found = T.score(pairs, ["今天天气很好我们去花园", "明天也很好"], language)
+    bleu = next(name for name in found if name.startswith("BLEU"))
+    assert f"tok:{words}|" in bleu
+    assert (found[bleu] > 50) == (words != "13a")
+
+
+def test_what_the_test_hides_is_said(trained, tmp_path, capsys):
+    """Sentences that are too long, that are trained on, and a test with one side."""
+    data = tmp_path / "data"
+    shutil.copytree(trained[0], data)
+    (data / "test2.de").write_text("eine zeile\n")
+    with (data / "test.de").open("a") as file:
+        file.write(f"{'x ' * 300}\nneu\n")
+    with (data / "test.en").open("a") as file:
+        file.write("long\nnew\n")
+    assert run_main("--data", data, "--out", tmp_path / "out", *RUN) == 0
+    printed = capsys.readouterr()
+    assert "test: 6 sentences\n1 of them are longer than 256 tokens" in printed.out
+    assert "\n4 of their sources stand in the training text, too\n" in printed.out
+    assert printed.err == "test2 is left out: it has only one side\n"
+
+
+def test_a_run_that_begins_anew_sets_old_results_aside(trained, tmp_path, capsys):
+    for name in ("checkpoint.pt", "model.safetensors", "metrics.json"):
+        (tmp_path / name).write_bytes((trained[1] / name).read_bytes())
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            T, "batch_loss", lambda *_, **__: signal.raise_signal(signal.SIGINT) or 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            run_main("--data", trained[0], "--out", tmp_path, *RUN, "--restart")
+    capsys.readouterr()
+    assert run_main("--out", tmp_path, "--translate", "ein hund") == 1
+    assert "train one first" in one_line(capsys)
+    assert (tmp_path / "previous/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"num_heads": 2.0}, {"num_heads": True}, {"norm_first": 1}])
+def test_a_setting_of_another_kind_is_refused(changes):
+    with pytest.raises(ValueError, match="not of the right kind"):
+        T.Settings(**changes)
+
+
 def test_lines_are_translated(trained, monkeypatch, capsys):
     _, out = trained
     model, words = T.open_model(out / "model.safetensors")
-    lines = ["\ufeffein hund", "", "☃\r\x85\x0b\x1c\u2028 ?", "x " * 300, " ", "\udcff", "hut"]
-    raw = "\n".join(lines).encode("utf-8", "surrogateescape")
-    lines[0], lines[5] = "ein hund", "\ufffd"
+    lines = ["\ufeffein hund", "", "☃\r\x85\x0b\x1c\u2028 ?", "x " * 300, " ", "a\u0308", "hut"]
+    raw = "\n".join(lines).encode()
+    lines[0], lines[5] = "ein hund", "ä"
     expected = [(text or "").replace("\n", " ") for text in T.translate(model, words, lines, 4)]
     assert expected[0] and expected[6] and expected[1] == expected[3] == expected[4] == ""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
@@ -706,8 +765,41 @@ def test_lines_are_translated(trained, monkeypatch, capsys):
     assert printed.out.split("\n") == [*expected, ""]
     assert run_main("--out", out, "--translate", "ein hund") == 0
     assert capsys.readouterr() == (f"{expected[0]}\n", "")
-    assert run_main("--out", out, "--translate", "\udcff") == 0  # a byte that is not UTF-8
+    assert run_main("--out", out, "--translate", "a\u0308") == 0
     assert capsys.readouterr() == (f"{expected[5]}\n", "")
+
+
+def test_what_is_not_utf_8_is_refused_and_not_translated(trained, monkeypatch, capsys):
+    _, out = trained
+    assert run_main("--out", out, "--translate", "M\udce4rz") == 1
+    assert "not UTF-8" in one_line(capsys)
+    stdin = io.TextIOWrapper(io.BytesIO("hund\nMärz\n".encode("latin-1")))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run_main("--out", out, "--translate", "-") == 1
+    assert "standard input, line 2: not UTF-8" in one_line(capsys)
+
+
+def test_a_line_without_end_takes_no_memory(trained, monkeypatch, capsys):
+    read = []
+
+    class Endless(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            read.append(len(buffer))
+            if sum(read) > 30_000_000:
+                return 0
+            buffer[:] = b"x" * len(buffer)
+            return len(buffer)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless())))
+    tracemalloc.start()
+    assert run_main("--out", trained[1], "--translate", "-") == 1
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10_000_000
+    assert "line 1 is longer than" in capsys.readouterr().err
 
 
 def test_at_a_terminal_each_line_is_answered_at_once(trained, monkeypatch, capsys):
@@ -717,9 +809,9 @@ def test_at_a_terminal_each_line_is_answered_at_once(trained, monkeypatch, capsy
         def isatty(self):
             return True
 
-        def read1(self, size=-1):
+        def readline(self, size=-1):
             answers.append(capsys.readouterr())
-            return self.readline()
+            return super().readline(size)
 
     lines = b"ein hund\nein hut\n" + b"x " * 300 + b"\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Typed(lines)))
@@ -1273,7 +1365,7 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
 def test_training_goes_on_if_the_last_weights_cannot_be_averaged(
     trained, tmp_path, monkeypatch, capsys
 ):
-    write, names = T.write, []
+    write, names = shell.write, []
 
     def full(path, content):
         if path.name.startswith("weights-") and len(names) < 1:
@@ -1281,7 +1373,7 @@ def test_training_goes_on_if_the_last_weights_cannot_be_averaged(
             raise OSError(f"can't write {path}: No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(T, "write", full)
+    monkeypatch.setattr(shell, "write", full)
     assert run_main("--data", trained[0], *RUN, "--average", 2, "--out", tmp_path) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2  # the second epoch lacks the weights of the first
@@ -1298,4 +1390,4 @@ def test_phrases_are_learned_without_data(run_script, tmp_path, monkeypatch):
     assert (done.returncode, done.stderr) == (0, "")
     assert "60 pairs per epoch" in done.stdout
     assert "\ntest: 3 sentences\n" in done.stdout
-    assert (tmp_path / "out/phrases-fr-en/train.fr").exists()
+    assert len([*tmp_path.glob("out/phrases-fr-en-*/train.fr")]) == 1

@@ -10,7 +10,6 @@ from random import Random
 from typing import TypeVar
 from unicodedata import normalize
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ import transformer
 from inputs.dates import sample_dates, split_days
 from inputs.photo import open_photo, prepare
 from inputs.text import PAD
-from running.shell import open_weights, write
+from running.shell import open_weights, save_weights
 
 PAIR_STEPS = 500  # as in attention.py
 DATE_EPOCHS = 2  # two thirds of transformer.py's
@@ -46,7 +45,7 @@ def counting(model: nn.Module, tick: Callable[[], object]) -> Iterator[None]:
 def save(path: Path, model: nn.Module, about: dict[str, str] | None = None) -> None:
     """Save a network; make its folder if it doesn't exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, safetensors.torch.save(model.state_dict(), about))
+    save_weights(path, model, about or {})
 
 
 def train_pairs(path: Path, tick: Callable[[], object], steps: int = PAIR_STEPS) -> None:

@@ -7,7 +7,6 @@ thousand; all processes of a machine share the mapped file.
 """
 
 import hashlib
-import os
 import re
 import shutil
 from array import array
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokenizers import __version__ as VERSION
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,9 +30,12 @@ from inputs.text import (
     MAX_LENGTH,
     PAD,
     Pair,
+    check_seal,
     examine,
     make_tokenizer,
     read_lines,
+    seal,
+    visible,
 )
 
 UNBROKEN = re.compile(r"\S{1000}")  # training the tokenizer takes too long on endless words
@@ -52,27 +55,39 @@ def read_pairs(folder: Path, split: str, languages: Sequence[str]) -> Iterator[P
         raise OSError(f"{folder}: {names} have different numbers of lines") from None
 
 
-def find_tests(folder: Path, languages: Sequence[str]) -> list[str]:
-    """Return the names of the splits test*, in order."""
-    ending = f".{languages[0]}"
-    names = {path.name.removesuffix(".gz") for path in folder.glob("test*")}
-    return sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
+def find_tests(folder: Path, languages: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the splits test* that have both sides, and of those that have one."""
+    files = {path.name.removesuffix(".gz") for path in folder.glob("test*")}
+    sides = [
+        {name.removesuffix(f".{language}") for name in files if name.endswith(f".{language}")}
+        for language in languages
+    ]
+    return sorted(sides[0] & sides[1]), sorted(sides[0] ^ sides[1])
 
 
 def read_tests(folder: Path, languages: Sequence[str]) -> Tests:
-    """Read every test. Raises OSError if there is none, or one is broken or without sentences."""
-    tests = {name: [*read_pairs(folder, name, languages)] for name in find_tests(folder, languages)}
+    """Read every test that has both sides. Raises OSError if one is broken, or has no sentences."""
+    names, _ = find_tests(folder, languages)
+    tests = {name: [*read_pairs(folder, name, languages)] for name in names}
     for name, pairs in (tests or {"test*": []}).items():
-        if not any(all(map(str.strip, pair)) for pair in pairs):
+        if not any(all(map(visible, pair)) for pair in pairs):
             source, target = (f"{name}.{language}" for language in languages)
             raise OSError(f"{folder} needs sentences in {source} and {target}")
     return tests
 
 
+def count_seen(folder: Path, languages: Sequence[str], tests: Tests) -> dict[str, int]:
+    """Return how many sources of each test also stand in the training text."""
+    sources = {name: {source for source, _ in pairs} for name, pairs in tests.items()}
+    wanted = set().union(*sources.values())
+    seen = {line for line in read_lines(folder / f"train.{languages[0]}") if line in wanted}
+    return {name: len(lines & seen) for name, lines in sources.items()}
+
+
 def usable(pair: Pair) -> bool:
     """Return whether neither side is empty, too long, or unbroken for too long."""
     return all(
-        text.strip() and len(text) < LONGEST and not (len(text) >= 1000 and UNBROKEN.search(text))
+        visible(text) and len(text) < LONGEST and not (len(text) >= 1000 and UNBROKEN.search(text))
         for text in pair
     )
 
@@ -124,8 +139,6 @@ def encode(tokenizer: Tokenizer, pairs: Iterable[Pair], path: Path, total: int) 
                     offsets.extend((middle, middle + len(target) + 2))
             ids.tofile(file)
             bar.update(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
     bar.close()
     path.with_suffix(".offsets").write_bytes(offsets)
 
@@ -138,20 +151,21 @@ def open_corpus(path: Path) -> Corpus:
         count = file.stat().st_size // dtype.itemsize
         mapped.append(torch.from_file(str(file), size=count, dtype=dtype) if count else None)
     tokens, offsets = mapped
-    if tokens is None or offsets is None or offsets[-1] != len(tokens):
+    fit = tokens is not None and offsets is not None and offsets[-1] == len(tokens)
+    if tokens is None or offsets is None or not fit or offsets.diff().min() < 0:
         raise OSError(f"{path}.tokens is broken; delete {path.parent} to make it again")
     return Corpus(tokens, offsets)
 
 
 def prepare_corpus(
     folder: Path, languages: Sequence[str], vocab_size: int, cache: Path
-) -> tuple[Path, int]:
+) -> tuple[Path, dict[str, int]]:
     """Learn a tokenizer and encode train and val, unless `cache` holds them already.
 
-    Returns the folder in `cache`, named after a digest of its sources and settings, and the number
-    of training pairs in the text. Raises OSError if the text is missing, broken, or unusable.
+    Returns the folder in `cache`, named after a digest of its sources and settings, and the numbers
+    of pairs in the text. Raises OSError if the text is missing, broken, or unusable.
     """
-    name = f"{vocab_size} {MAX_LENGTH} {SAMPLE}"
+    name = f"{vocab_size} {MAX_LENGTH} {SAMPLE} {LONGEST} {UNBROKEN.pattern} NFC {VERSION}"
     counts = {}
     for split in ("train", "val"):
         found = [examine(folder / f"{split}.{language}") for language in languages]
@@ -177,8 +191,10 @@ def prepare_corpus(
                 raise OSError(
                     f"{folder}: {split}.* has no sentences of at most {MAX_LENGTH} tokens"
                 )
+        seal(part)
         part.replace(cache / digest)
-    return cache / digest, counts["train"]
+    check_seal(cache / digest)
+    return cache / digest, counts
 
 
 def cut(lengths: Tensor, tokens: int) -> list[int]:

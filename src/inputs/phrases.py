@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from zlib import crc32
 
+import babel
 from babel import Locale, UnknownLocaleError
 from babel.dates import format_date, format_timedelta
 from babel.lists import format_list
@@ -61,7 +62,7 @@ def sample_pairs(languages: Sequence[str], split: str, seed: int = 0) -> Iterato
     A checksum of the source decides which split it belongs to.
     """
     random = Random(f"{seed} {split}")
-    source, target = map(Locale.parse, languages)
+    source, target = map(open_locale, languages)
     units = [
         u for u in UNITS if get_unit_name(u, locale=source) and get_unit_name(u, locale=target)
     ]
@@ -74,11 +75,22 @@ def sample_pairs(languages: Sequence[str], split: str, seed: int = 0) -> Iterato
             yield pair[0], pair[1]
 
 
+def open_locale(language: str) -> Locale:
+    """Return Babel's locale of a language such as de, pt_BR or pt-BR."""
+    return Locale.parse(language, sep="-" if "-" in language else "_")
+
+
+def phrases_name(languages: Sequence[str]) -> str:
+    """Return a name for a folder of phrases, which changes with their number and with Babel."""
+    made_by = crc32(f"{COUNTS} {babel.__version__}".encode())
+    return f"phrases-{'-'.join(languages)}-{made_by:08x}"
+
+
 def check_languages(languages: Sequence[str]) -> None:
     """Raise a ValueError that names the option if Babel does not know a language."""
     for option, language in zip(("--from", "--to"), languages, strict=True):
         try:
-            Locale.parse(language)
+            open_locale(language)
         except (UnknownLocaleError, ValueError):
             raise ValueError(f"{option}: Babel does not know the language {language!r}") from None
 

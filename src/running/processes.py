@@ -141,6 +141,8 @@ def catching_signals() -> Iterator[list[int]]:
     if os.name == "posix" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         numbers.append(signal.SIGHUP)
 
+    old: dict[int, Any] = {}  # the handlers before
+
     def restore() -> None:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -150,8 +152,10 @@ def catching_signals() -> Iterator[list[int]]:
         if not dist.is_initialized():  # else one may come from the scheduler and one from torchrun
             restore()
 
-    old = {number: signal.signal(number, catch) for number in numbers}
     try:
+        for number in numbers:
+            old[number] = signal.getsignal(number)
+            signal.signal(number, catch)
         yield signals
     finally:
         restore()

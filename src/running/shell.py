@@ -9,14 +9,15 @@ import io
 import os
 import sys
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import safetensors
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Arguments = ParamSpec("Arguments")
 Model = TypeVar("Model", bound=nn.Module)
@@ -142,26 +143,62 @@ def refusing(path: Path, message: str) -> Iterator[None]:
         raise OSError(f"{message}: {path}: {reason}") from error
 
 
+def checksum(weights: dict[str, Tensor]) -> str:
+    """Return a CRC-32 of tensors, in the order of their names."""
+    crc = 0
+    for name in sorted(weights):
+        numbers = weights[name].cpu().contiguous().flatten()
+        crc = zlib.crc32(numbers.view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def save_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
+    """Save a network, what its file should say about it, and a checksum, as safetensors."""
+    weights = model.state_dict()
+    write(path, safetensors.torch.save(weights, about | {"crc32": checksum(weights)}))
+
+
+def read_weights(
+    path: Path, expected: Callable[[dict[str, str]], dict[str, Tensor]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_weights` saved: the weights, and what the file says about them.
+
+    `expected` makes tensors of the shapes that are expected of such a file. They are compared
+    before anything is read, so that no file can ask for more memory than its own size. Raises
+    OSError or ValueError if the file is broken or another's, or holds numbers that are not finite.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a plain file")
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        if expected:
+            wanted = {name: tuple(tensor.shape) for name, tensor in expected(about).items()}
+            if shapes != wanted:
+                raise ValueError("its weights have other sizes than its settings require")
+        weights = {name: file.get_tensor(name) for name in names}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError("some of its weights are not finite")
+    if "crc32" in about and about["crc32"] != checksum(weights):
+        raise ValueError("it is broken: its checksum is wrong")
+    return weights, about
+
+
 def open_weights(
     path: Path, make: Callable[[dict[str, str]], Model]
 ) -> tuple[Model, dict[str, str]]:
     """Open a saved network; return it, and what its file says about it, from which `make` makes it.
 
-    Raises OSError if the file is missing, broken, or another network's. A file can't ask for more
-    memory than its own size: the shapes are compared before anything is allocated.
+    Raises OSError if the file is missing, broken, or another network's.
     """
+
+    def expected(about: dict[str, str]) -> dict[str, Tensor]:
+        with torch.device("meta"):  # takes no memory, whatever the file says
+            return make(about).state_dict()
+
     with refusing(path, "not a model saved by this script; train one first"):
-        with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            names = list(file.keys())
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            with torch.device("meta"):  # takes no memory, whatever the file says
-                state = make(about).state_dict()
-            if found != {name: tuple(tensor.shape) for name, tensor in state.items()}:
-                raise ValueError("its weights have other sizes than its settings require")
-            weights = {name: file.get_tensor(name) for name in found}
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError("some of its weights are not finite")
+        weights, about = read_weights(path, expected)
         model = make(about)
         model.load_state_dict(weights)
     return model, about
