@@ -394,7 +394,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def save(model: nn.Module, picture: bytes, metrics: object, out: Path) -> None:
     """Save a network, the picture of its heads, and the metrics."""
-    safetensors.torch.save_file(model.state_dict(), out / "model.safetensors")
+    (out / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict()))
     (out / "attention.png").write_bytes(picture)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
 

@@ -300,7 +300,7 @@ def load_model(path: Path) -> Classifier:
     """Read a saved network. Raises OSError if the file holds something else."""
     model = Classifier()
     try:
-        model.load_state_dict(safetensors.torch.load_file(path))
+        model.load_state_dict(safetensors.torch.load(path.read_bytes()))
         if not all(x.isfinite().all() for x in model.state_dict().values()):
             raise ValueError("some weights are not finite")
     except Exception as error:  # a broken file fails in many ways
@@ -365,7 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs = fit(model, train, validation, args.epochs, args.batch_size, args.learning_rate)
         rows = show_epochs(epochs)
         draw_history(rows).savefig(args.out / "history.png", dpi=120)
-        safetensors.torch.save_file(model.state_dict(), args.out / "model.safetensors")
+        weights = safetensors.torch.save(model.state_dict())
+        (args.out / "model.safetensors").write_bytes(weights)
         accuracy = draw_test(model, test, args.out)
         metrics = vars(args) | {"data": source, "torch": torch.__version__, "test": accuracy}
         metrics["epochs"] = [row._asdict() for row in rows]

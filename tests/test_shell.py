@@ -120,6 +120,12 @@ def test_a_device_that_cannot_be_used_is_named(name):
     assert str(caught.value).isprintable()
 
 
+def test_a_folder_whose_name_is_not_utf_8_is_refused():
+    assert shell.folder("é") == Path("é")
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a name in UTF-8"):
+        shell.folder("s\udcff")
+
+
 def test_each_process_of_several_gets_a_gpu_of_its_own(monkeypatch):
     asked = []
     one = torch.ones(1)

@@ -145,15 +145,16 @@ def encode(tokenizer: Tokenizer, pairs: Iterable[Pair], path: Path, total: int) 
 
 def open_corpus(path: Path) -> Corpus:
     """Map the files that `encode` wrote. Raises OSError if they are broken."""
-    mapped = []
-    for ending, dtype in ((".tokens", torch.int32), (".offsets", torch.int64)):
-        file = path.with_suffix(ending)
-        count = file.stat().st_size // dtype.itemsize
-        mapped.append(torch.from_file(str(file), size=count, dtype=dtype) if count else None)
-    tokens, offsets = mapped
-    fit = tokens is not None and offsets is not None and offsets[-1] == len(tokens)
-    if tokens is None or offsets is None or not fit or offsets.diff().min() < 0:
-        raise OSError(f"{path}.tokens is broken; delete {path.parent} to make it again")
+    try:
+        tokens, offsets = (
+            # Private to this process if it were written to, and shared with others as it isn't.
+            torch.from_numpy(np.memmap(path.with_suffix(ending), dtype, mode="c"))
+            for ending, dtype in ((".tokens", np.int32), (".offsets", np.int64))
+        )
+        if offsets[-1] != len(tokens) or offsets.diff().min() < 0:
+            raise ValueError("the sequences don't fit the tokens")
+    except (IndexError, OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"{path}.tokens is broken; delete {path.parent} to make it again") from error
     return Corpus(tokens, offsets)
 
 

@@ -83,8 +83,17 @@ def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     add("--seed", type=number(0, 2**63 - 1), default=0, help="fixes every random choice")
     add("--device", type=usable_device, default=device, help="where to compute")
-    add("--out", type=Path, default=Path("runs", name), help="folder for the results")
+    add("--out", type=folder, default=Path("runs", name), help="for the results")
     return parser
+
+
+def folder(name: str) -> Path:
+    """Parse --out; not every library can open a file whose name is not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("must be a name in UTF-8") from None
+    return Path(name)
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
