@@ -84,7 +84,8 @@ def open_data(folder: Path | None) -> tuple[str, Split, Split]:
     except Exception as error:  # no network, or a broken file: it fails in many ways
         if not SAMPLE.is_dir():
             raise OSError("can't download the data; --data takes a folder of IDX files") from error
-    source = f"{SAMPLE} (one sixth of the data; go online or pass --data for all of it)"
+        reason = str(error).strip().splitlines()[-1]
+    source = f"{SAMPLE}, one sixth of all; pass --data, or go online ({reason})"
     return source, load(SAMPLE, "train"), load(SAMPLE, "t10k")
 
 

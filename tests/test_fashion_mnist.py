@@ -115,7 +115,8 @@ def test_without_a_network_the_sample_is_taken_or_the_data_asked_for(monkeypatch
     fake = SimpleNamespace(FashionMNIST=no_network)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
     source, train, test = fashion.open_data(None)
-    assert source.startswith(f"{fashion.SAMPLE} (one sixth of the data")
+    assert source.startswith(f"{fashion.SAMPLE}, one sixth of all")
+    assert source.endswith("(Tried data)")
     assert (len(train[0]), len(test[0])) == (10_000, 2_000)
     monkeypatch.setattr(fashion, "SAMPLE", tmp_path / "none")
     with pytest.raises(OSError, match="can't download the data; --data takes"):

@@ -1030,6 +1030,15 @@ def in_the_second(index, *arguments):
 ONE_BATCH = dataclasses.replace(SMALL, batch_tokens=10**6)
 
 
+@pytest.fixture
+def no_group_left():
+    """End a group of processes that a failing test leaves behind."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_group_left")
 def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys):
     """With dropout, too: one process does both shares, each with the seed of its rank."""
     pairs, expected = random_pairs(33), {}

@@ -46,9 +46,12 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, FloatingPointError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not lacks_memory(error):
-                raise
-            print(f"{Path(sys.argv[0]).name}: {first_line(error)}", file=sys.stderr)
+            reason = printable(error)
+            if isinstance(error, RuntimeError):
+                if not lacks_memory(error):
+                    raise
+                reason = first_line(error)  # the others say where in PyTorch it was
+            print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
             return 1
 
     return run
