@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 SENTENCE = "the cat sees the dog"
 MAX_WORDS = 10  # as many as fit in 100 columns
+JOINERS = "\u200c\u200d"  # which some scripts need within words
 LENGTH = 10  # digits in a sequence
 BATCH_SIZE = 128
 LEARNING_RATE = 5e-3
@@ -38,7 +40,7 @@ def scaled_dot_product_attention(
 
     Q (..., T, d_k), K (..., S, d_k), V (..., S, d_v) and a boolean mask (..., T, S), True where a
     query may attend to a key, give the output (..., T, d_v) and the weights (..., T, S). A query
-    that may attend to nothing gets zeros. Raises ValueError for other shapes or another mask.
+    that may attend to nothing gets zeros. Raises ValueError if sizes differ or the mask isn't bool.
     """
     check_shapes(Q, K, V, mask)
     scores = Q @ K.transpose(-2, -1) / math.sqrt(Q.shape[-1])  # (..., T, S)
@@ -148,6 +150,7 @@ class PairFinder(nn.Module):
         self.embedding = nn.Embedding(10, d_model)
         # Multiplied by √d_model (section 3.4), digits become about as large as positions.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
+        # A buffer moves with `.to(device)`; it isn't learned, and this one isn't saved.
         self.positions = nn.Buffer(positional_encoding(LENGTH, d_model), persistent=False)
         self.attention = MultiHeadAttention(d_model, num_heads)
         self.norm = nn.LayerNorm(d_model)
@@ -190,7 +193,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
     for _ in tqdm(range(steps), unit="step", leave=False, disable=None):
         digits, labels = (x.to(device) for x in sample_sequences(BATCH_SIZE, unseen=False))
         logits = model(digits)
-        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten())  # a row for each label
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -295,7 +298,8 @@ def show_scaling() -> None:
         print(f"{d_k:8}", end="")
         for scores in (Q @ K.mT, Q @ K.mT / math.sqrt(d_k)):
             a = scores.softmax(dim=-1)
-            jacobian = a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2)  # d(weights) / d(scores)
+            # The derivative of weight i by score j is a_i (1 - a_j) if i = j, else -a_i a_j.
+            jacobian = a.diag_embed() - a.unsqueeze(-1) * a.unsqueeze(-2)
             gradient = torch.linalg.matrix_norm(jacobian).mean()
             largest = a.amax(dim=-1).mean()
             print(f"{scores.var():11.2f}{largest:10.2f}{gradient:10.3f}", end="")
@@ -315,8 +319,8 @@ def compare(steps: int, device: str) -> tuple[dict[str, tuple[float, float]], Pa
         model = PairFinder(num_heads).to(device)
         if not positions:
             model.positions.zero_()
-        losses = train(model, steps)
-        results[name] = losses[-1], share_exact(model)
+        loss = train(model, steps)[-1]
+        results[name] = (loss, share_exact(model))
     return results, model
 
 
@@ -364,8 +368,11 @@ def split_words(sentence: str) -> list[str]:
     words = normalize("NFC", sentence).split()  # one é, however it was typed
     if not 1 <= len(words) <= MAX_WORDS:
         raise argparse.ArgumentTypeError(f"must have 1 to {MAX_WORDS} words; more don't fit")
-    hidden = ("Cc", "Cf", "Cs")
-    return ["".join("?" if category(c) in hidden else c for c in word) for word in words]
+
+    def steers(character: str) -> bool:
+        return category(character) in ("Cc", "Cf", "Cs") and character not in JOINERS
+
+    return ["".join("?" if steers(c) else c for c in word) for word in words]
 
 
 def usable_device(name: str) -> str:
@@ -414,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     show_scaling()
     show_masks()
+    print(end="", flush=True)  # one can read while it trains
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         results, model = compare(args.steps, args.device)
@@ -431,9 +439,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C leaves no traceback
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so does `| head`
+    if sys.stderr is None:  # closed, but progress bars need one
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     raise SystemExit(main())

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import math
+import os
 import signal
 import socket
 import sys
@@ -37,25 +38,28 @@ CLASSES = (
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 SAMPLE = Path(__file__).resolve().parent.parent / "data/fashion-mnist-sample"  # of the repository
-LARGEST = 16 + 60_000 * 28 * 28  # bytes of a data file
+LARGEST = 2**27  # bytes of a data file; that of the training images has 47,040,016
 Split = tuple[Tensor, Tensor]  # images (N, 28, 28) uint8, labels (N,) int64
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read the bytes of an IDX file, gzipped or not, in their shape. Raises OSError if it can't."""
+    """Read the bytes of an IDX file, gzipped or not, in their shape. Raises OSError if it can't.
+
+    It begins with 0, 0, 8 for bytes, and the number of dimensions; then come their sizes, four
+    bytes each, and the bytes.
+    """
     zipped = path.with_name(path.name + ".gz")
+    if not (path.is_file() or zipped.is_file()):
+        raise FileNotFoundError(f"{path.parent} needs a file {path.name} or {zipped.name}")
+    found = path if path.is_file() else zipped
     try:
-        if not (path.is_file() or zipped.is_file()):
-            raise FileNotFoundError(f"{path} is no file, nor is {zipped.name}")
-        with path.open("rb") if path.is_file() else gzip.open(zipped) as file:
+        with gzip.open(found) if found == zipped else found.open("rb") as file:
             content = bytearray(file.read(LARGEST + 1))
         dimensions = content[3]
         shape = [int.from_bytes(content[4 * n : 4 * n + 4]) for n in range(1, dimensions + 1)]
         return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions).view(shape)
-    except FileNotFoundError:
-        raise
     except (EOFError, IndexError, OSError, RuntimeError, ValueError, zlib.error) as error:
-        raise OSError(f"{path} is broken: {error}") from error
+        raise OSError(f"{found} is broken: {error}") from error
 
 
 def load(folder: Path, name: str) -> Split:
@@ -83,7 +87,8 @@ def open_data(folder: Path | None) -> tuple[str, Split, Split]:
         return "data/FashionMNIST", (train.data, train.targets), (test.data, test.targets)
     except Exception as error:  # no network, or a broken file: it fails in many ways
         if not SAMPLE.is_dir():
-            raise OSError("can't download the data; --data takes a folder of IDX files") from error
+            message = "can't download the data, and the sample is only in the repository; --data"
+            raise OSError(f"{message} takes a folder of the four files") from error
         reason = str(error).strip().splitlines()[-1]
     source = f"{SAMPLE}, one sixth of all; pass --data, or go online ({reason})"
     return source, load(SAMPLE, "train"), load(SAMPLE, "t10k")
@@ -122,7 +127,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, 10) of images (B, 28, 28) uint8."""
-        return self.layers((images.float() + 1e-9).sqrt())  # the root of 0 is slow
+        return self.layers((images.float() + 1e-9).sqrt())  # on a CPU, the root of 0 is slow
 
 
 def augment(images: Tensor) -> Tensor:
@@ -173,6 +178,8 @@ def hold_out(split: Split) -> tuple[Split, Split]:
     """Return 59 in 60 for training and the rest for validation, drawn at random."""
     order = torch.randperm(len(split[0]))
     kept = len(order) - len(order) // 60
+    if kept == len(order):
+        raise OSError(f"{kept} images are too few to hold some back for validation")
     images, labels = (tensor[order] for tensor in split)
     return (images[:kept], labels[:kept]), (images[kept:], labels[kept:])
 
@@ -299,6 +306,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def load_model(path: Path) -> Classifier:
     """Read a saved network. Raises OSError if the file holds something else."""
+    if not path.exists():
+        raise OSError(f"there is no {path} yet; train one first")
     model = Classifier()
     try:
         model.load_state_dict(safetensors.torch.load(path.read_bytes()))
@@ -314,7 +323,8 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
     try:
         from inputs.photo import open_photo, prepare, show_image
     except ModuleNotFoundError as error:
-        raise OSError(f"--predict needs the folder inputs/ beside this script: {error}") from error
+        needs = "the folder inputs/ beside this script, and OpenCV"
+        raise OSError(f"--predict needs {needs}: {error}") from error
     status = 0
     for photo in photos:
         name = "".join("?" if category(c) in ("Cc", "Cf", "Cs") else c for c in str(photo))
@@ -365,12 +375,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(train[0]):,} training images, {len(validation[0]):,} for validation\n")
         epochs = fit(model, train, validation, args.epochs, args.batch_size, args.learning_rate)
         rows = show_epochs(epochs)
-        draw_history(rows).savefig(args.out / "history.png", dpi=120)
         weights = safetensors.torch.save(model.state_dict())
         (args.out / "model.safetensors").write_bytes(weights)
+        draw_history(rows).savefig(args.out / "history.png", dpi=120)
         accuracy = draw_test(model, test, args.out)
-        metrics = vars(args) | {"data": source, "torch": torch.__version__, "test": accuracy}
-        metrics["epochs"] = [row._asdict() for row in rows]
+        numbers = [row._asdict() for row in rows]
+        settings = vars(args) | {"data": source, "torch": torch.__version__}
+        metrics = {"settings": settings, "test": accuracy, "epochs": numbers}
         (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
     except (OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -381,9 +392,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C leaves no traceback
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so does `| head`
+    if sys.stderr is None:  # closed, but progress bars need one
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # not if it is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     raise SystemExit(main())

@@ -81,6 +81,7 @@ def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
     warm_up(case)
     passed, lines = judge(case)
     if passed:
+        state = read_state()  # which may have changed meanwhile, as from another terminal
         state.done = [*dict.fromkeys([*state.done, task.name])]
         write_state(state)
         show_lines("✓", task.name, ["is found" if task.symptom else "is right", *lines])
@@ -125,7 +126,7 @@ def show_solution(task: Task) -> None:
     for path in (PRACTICE / task.script, SOURCES / task.script):
         source = read(path)
         lines = source.split("\n")[function_lines(source, task.function)]
-        print(f"{path.relative_to(path.parents[1])}\n")
+        print(f"{path.relative_to(ROOT)}\n")
         print(textwrap.indent(textwrap.dedent("\n".join(lines)), "  "), end="\n\n", flush=True)
 
 
@@ -192,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_list(state, tasks)
         return 0
     state.started = [name for name in state.started if name in tasks]
+    state.done = [name for name in state.done if name in tasks]
     refresh(state, tasks)
     if args.command == "start":
         rest = remaining(state, tasks) or list(tasks)
@@ -199,7 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     state.current = args.name or state.current
     if state.current not in state.started:
-        raise OSError(f"start one first: {advice(state, tasks)}")
+        first = (
+            f"poetry run src/practice.py start {args.name}" if args.name else advice(state, tasks)
+        )
+        raise OSError(f"start one first: {first}")
     write_state(state)
     task = tasks[state.current]
     if args.command == "hint":

@@ -66,6 +66,7 @@ from running.processes import (
     rank_and_world,
 )
 from running.shell import (
+    clear_parts,
     command,
     make_parser,
     number,
@@ -638,6 +639,8 @@ def set_aside(out: Path, resume: bool) -> None:
 
     What previous/ held is overwritten. A run that is resumed keeps its results.
     """
+    for name in RESULTS:
+        clear_parts(out / name)
     if resume and (out / "checkpoint.pt").exists():
         return
     found = [out / name for name in RESULTS if (out / name).is_file()]

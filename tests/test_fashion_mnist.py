@@ -119,7 +119,7 @@ def test_without_a_network_the_sample_is_taken_or_the_data_asked_for(monkeypatch
     assert source.endswith("(Tried data)")
     assert (len(train[0]), len(test[0])) == (10_000, 2_000)
     monkeypatch.setattr(fashion, "SAMPLE", tmp_path / "none")
-    with pytest.raises(OSError, match="can't download the data; --data takes"):
+    with pytest.raises(OSError, match="can't download the data, and the sample is only in"):
         fashion.open_data(None)
 
 
@@ -501,7 +501,7 @@ def test_a_model_that_is_none_is_refused_in_one_line(tmp_path, capsys, content):
         path.write_bytes(content)
     assert fashion.main(["--out", str(tmp_path), "--predict", "photo.jpg"]) == 1
     error = capsys.readouterr().err
-    assert "not a model saved by this script; train one first" in error
+    assert "train one first" in error
     assert str(path) in error
     assert "state_dict" not in error
     assert len(error.splitlines()) == 1

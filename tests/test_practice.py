@@ -346,6 +346,37 @@ def test_a_source_that_changed_keeps_what_was_written(run, place):
     assert not (place / "practice/transformer.1.py").exists()
 
 
+def test_a_function_that_needs_what_is_gone_begins_again(run, place):
+    for name in ("generate", "bug-11"):
+        run("start", name)
+    path, source = place / "practice/transformer.py", place / "src/transformer.py"
+    text = path.read_text().replace(
+        "rows = target[:, 1:].tolist()", "rows = [mine(x) for x in target]"
+    )
+    path.write_text(f"{text}def mine(row): pass\ndef encode(): pass\n")
+    source.write_text(source.read_text() + "# more\n")
+    _, out = run("check", "generate")
+    assert "generate begins again" in out
+    assert "is still empty" in out
+    assert "mine(x)" in (place / "practice/transformer.1.py").read_text()
+
+
+def test_what_another_terminal_started_is_not_forgotten(run, place, monkeypatch):
+    run("start", "mask")
+    write_answer(place, "mask", ANSWERS["mask"]["right"][0])
+    judged = practice.judge
+
+    def judge_meanwhile(case):
+        verdict = judged(case)
+        practice.main(["start", "padding"])
+        return verdict
+
+    monkeypatch.setattr(practice, "judge", judge_meanwhile)
+    run("check", "mask")
+    state = copies.read_state()
+    assert (state.current, state.started, state.done) == ("padding", ["mask", "padding"], ["mask"])
+
+
 def test_a_copy_that_was_not_touched_follows_its_source(run, place):
     run("start", "mask")
     source = place / "src/transformer.py"

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from running import shell
 
@@ -53,6 +54,20 @@ def test_what_a_person_can_cause_ends_in_one_line(error, status, line, capsys):
 def test_what_only_a_bug_can_cause_keeps_its_traceback(error):
     with pytest.raises(type(error), match="a bug"):
         run(raising(error))
+
+
+def test_the_help_can_be_piped_away(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(shell.make_parser("about", "some").parse_args, ["--help"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_bars_need_no_stderr(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(lambda: sum(tqdm([0, 0], disable=None))) == 0
 
 
 def test_a_command_passes_arguments_and_status_on():
@@ -158,12 +173,12 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_part(
     assert path.read_bytes() == b"old"
 
 
-def test_what_a_killed_process_left_is_overwritten_and_nothing_else(tmp_path):
-    for name in (".model.part", ".model.4711", ".bash_history.2024"):
+def test_what_killed_processes_left_of_a_file_is_cleared_and_nothing_else(tmp_path):
+    others = {".model.4711", ".model.x.part", ".models.1.part", ".bash_history.2024", "model"}
+    for name in (*others, ".model.4711.part"):
         (tmp_path / name).write_bytes(b"left")
-    shell.write(tmp_path / "model", b"new")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model", ".model.4711", ".bash_history.2024"}
+    shell.clear_parts(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 # Saved networks
@@ -200,7 +215,7 @@ def again(tensors=None, about=None):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (None, "No such file"),
+        (None, "there is no such file"),
         (lambda content: b"", ""),
         (lambda content: b"a text", ""),
         (lambda content: content[:-1], ""),

@@ -44,7 +44,7 @@ def test_no_date_of_the_languages_is_longer():
     dates = importlib.import_module("inputs.dates")
     days = range(0, dates.DAYS, 20)
     texts = [text for text, _ in dates.sample_dates(days, dates.Random(0))]
-    assert max(map(len, texts)) <= trained.LONGEST
+    assert max(map(len, texts)) <= trained.LONGEST_DATE
 
 
 def test_two_heads_are_trained_and_opened(tmp_path):

@@ -22,7 +22,10 @@ OWN = ("self_attention.W_k", "self_attention.W_v")  # of the target, not of the 
 
 
 class EncoderDecoder(Protocol):
-    """What the search needs of a network, such as that of transformer.py."""
+    """What the search needs of a network, such as that of transformer.py.
+
+    With a cache, it also has to be an nn.Module, and its attention to be named as in that script.
+    """
 
     @property
     def positions(self) -> Tensor:

@@ -106,6 +106,8 @@ def fill(source: str, task: Task, body: str) -> str:
 
 def prepare(source: str, task: Task) -> str:
     """Return the source with the hole, or the mistake. The rest stays the same, byte for byte."""
+    if task.old and source.count(task.old) != 1:  # it was planted, or became a hole
+        return source
     if task.old:
         before, after = source.split(task.old)  # it occurs exactly once
         return before + task.new + after
@@ -130,10 +132,14 @@ def defined_names(module: symtable.SymbolTable) -> set[str]:
 def lost_names(copy: str, name: str, source: str) -> set[str]:
     """Return the names that a function takes from its module, and another source doesn't have."""
     module = symtable.symtable(copy, "copy", "exec")
-    table: symtable.SymbolTable = module
+    tables = [module]
     for part in name.split("."):
-        (table,) = (child for child in table.get_children() if child.get_name() == part)
-    needed = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        tables = [child for child in tables[0].get_children() if child.get_name() == part]
+    needed = set()
+    while tables:  # the function's own, and those of what is defined in it
+        table, *tables = tables
+        needed |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        tables += table.get_children()
     there = defined_names(symtable.symtable(source, "source", "exec"))
     return needed & defined_names(module) - there
 

@@ -23,7 +23,7 @@ from running.shell import open_weights, save_weights
 PAIR_STEPS = 500  # as in attention.py
 DATE_EPOCHS = 2  # two thirds of transformer.py's
 DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
-LONGEST = 60  # characters of a date; those of the 26 languages are shorter
+LONGEST_DATE = 60  # characters of a date; those of the 26 languages are shorter
 PADS = 4  # behind a date, as if it were in a batch with a longer one
 Model = TypeVar("Model")
 
@@ -133,9 +133,9 @@ def split_words(sentence: str) -> tuple[list[str], str]:
 
 def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, str]:
     """Return a date as a source (1, S) with padding, or None, and what is wrong with it."""
-    if not 1 <= len(text) <= LONGEST or text.isspace():
-        return None, f"Write a date of 1 to {LONGEST} characters; these are {len(text.strip())}."
     text = text.strip()
+    if not 1 <= len(text) <= LONGEST_DATE:
+        return None, f"Write a date of 1 to {LONGEST_DATE} characters; these are {len(text)}."
     unknown = " ".join(sorted(set(text) - set(vocabulary)))
     tokens = transformer.encode(text, vocabulary).tolist() + [PAD] * PADS
     return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."

@@ -1,4 +1,5 @@
-"""How a script runs: several processes, signals, and a folder for itself.
+"""How a script runs: options, errors and files; several processes, and signals.
 
-The lessons use it, and it uses no lesson and no other room. Read it when a run takes hours.
+The lessons from transformer.py on use it, and it uses no lesson and no other room. Read shell.py
+before you write a script of your own, and processes.py when a run takes hours.
 """

@@ -1,12 +1,14 @@
 """What a script needs besides PyTorch: options that all have, one-line errors, files kept whole.
 
-transformer.py, translation.py and practice.py use it.
+The lessons from transformer.py on use it, and so do practice.py and the explorer.
 """
 
 import argparse
+import errno
 import functools
 import io
 import os
+import re
 import sys
 import unicodedata
 import zlib
@@ -36,25 +38,36 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor if stdout is closed
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if sys.stderr is None:  # progress bars need one
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
-            status = main(*arguments, **options)
-            print(end="", flush=True)  # here at the latest, a closed pipe is noticed
-            return status
+            try:
+                return main(*arguments, **options)
+            finally:
+                print(end="", flush=True)  # here at the latest, a closed pipe is noticed
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence_stdout()
             return 141
-        except (OSError, FloatingPointError, RuntimeError) as error:
+        except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
             reason = printable(error)
             if isinstance(error, RuntimeError):
                 if not lacks_memory(error):
                     raise
                 reason = first_line(error)  # the others say where in PyTorch it was
-            print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {reason or 'not enough memory'}", file=sys.stderr)
+            if getattr(error, "errno", None) == errno.ENOSPC:  # perhaps of stdout itself
+                silence_stdout()
             return 1
 
     return run
+
+
+def silence_stdout() -> None:
+    """Send to nowhere what Python would still try to print at its exit."""
+    with suppress(AttributeError, OSError):  # where stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def lacks_memory(error: RuntimeError) -> bool:
@@ -125,11 +138,8 @@ def usable_device(name: str) -> torch.device:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, then rename it, so that a crash never leaves a partial file.
-
-    What a killed process leaves beside it is overwritten by the next one. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.part")
+    """Write a file beside `path`, then rename it, so that a crash never leaves a partial file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -142,16 +152,26 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def clear_parts(path: Path) -> None:
+    """Delete what killed processes left of a file; no other process may be writing it."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.part")
+    for part in path.parent.iterdir():
+        if name.fullmatch(part.name):
+            part.unlink()
+
+
 @contextmanager
 def refusing(path: Path, message: str) -> Iterator[None]:
     """Turn every error into an OSError: a broken or foreign file fails in many ways."""
     try:
         yield
-    except torch.OutOfMemoryError:  # says nothing about the file
-        raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and lacks_memory(error):  # says nothing of the file
+            raise
         known = isinstance(error, OSError | ValueError)
         reason = first_line(error) if known else "it is broken, or from another script"
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
         raise OSError(f"{message}: {path}: {reason}") from error
 
 
@@ -200,7 +220,7 @@ def read_weights(
 def open_weights(
     path: Path, make: Callable[[dict[str, str]], Model]
 ) -> tuple[Model, dict[str, str]]:
-    """Open a saved network; return it, and what its file says about it, from which `make` makes it.
+    """Open a saved network; return it and the metadata, from which `make` makes the network.
 
     Raises OSError if the file is missing, broken, or another network's.
     """
