@@ -358,7 +358,7 @@ def test_a_function_that_needs_what_is_gone_begins_again(run, place):
     _, out = run("check", "generate")
     assert "generate begins again" in out
     assert "is still empty" in out
-    assert "mine(x)" in (place / "practice/transformer.1.py").read_text()
+    assert "mine(x)" in (place / "practice/transformer.2.py").read_text()
 
 
 def test_what_another_terminal_started_is_not_forgotten(run, place, monkeypatch):
