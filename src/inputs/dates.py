@@ -8,7 +8,8 @@ import datetime
 from collections.abc import Sequence
 from random import Random
 
-from babel.dates import format_date, get_date_format
+from babel import Locale
+from babel.dates import format_date
 
 from inputs.text import Pair
 
@@ -23,12 +24,15 @@ VALIDATION_DAYS = 1000  # nor these
 
 
 def date_forms(language: str) -> list[str]:
-    """Return the medium, long and full pattern of Unicode's CLDR that have only one reading.
+    """Return the patterns of Unicode's CLDR, short to full, that have only one reading.
 
-    A date with slashes, like 1/2/1968, has two readings unless it begins with the year.
+    A date with slashes or hyphens, like 1/2/1968, has two readings unless it begins with the year,
+    as 1968-02-01 does in Swedish; and a year of two digits is that of more than one century.
     """
-    forms = [str(get_date_format(form, language).pattern) for form in ("medium", "long", "full")]
-    return [form for form in forms if form.startswith("y") or "/" not in form]
+    patterns = Locale(language).date_formats
+    forms = [str(patterns[name].pattern) for name in ("short", "medium", "long", "full")]
+    clear = [form for form in forms if form.startswith("y") or not set("/-") & set(form)]
+    return [form for form in clear if "yy" not in form]
 
 
 def sample_dates(days: Sequence[int], random: Random) -> list[Pair]:
