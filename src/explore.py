@@ -21,7 +21,7 @@ with app.setup:
     from attention import SENTENCE, positional_encoding
     from explorer import pictures, switches, trained
     from explorer.pictures import decimal, heat, plot, side_by_side
-    from inputs.dates import sample_dates, split_days
+    from inputs.dates import find_problem, normalize, sample_dates, split_days
     from inputs.text import BOS
     from transformer import (
         BATCHES,
@@ -251,8 +251,9 @@ def _(causal, date, memory, network, off_head, page, positions, root, vocabulary
     _last = len(answer) + 1  # that of the end
     step = mo.ui.slider(1, _last, value=min(6, _last), label="Follow character", show_value=True)
     _table = mo.Html(pictures.likeliest(_probabilities[0, : len(answer) + 1], vocabulary))
-    _warning = [mo.callout(_problem, "warn")] if _problem else []
-    mo.vstack([*_warning, mo.md(f"Prediction: **{answer or 'nothing'}**"), _table, step])
+    _problems = filter(None, (_problem, find_problem(date.value, answer)))
+    _warnings = [mo.callout(problem, "warn") for problem in _problems]
+    mo.vstack([*_warnings, mo.md(f"Prediction: **{answer or 'nothing'}**"), _table, step])
     return answer, changed, source, step, tokens
 
 
@@ -279,7 +280,7 @@ def _(answer, changed, date, page, source, step, tokens):
     mo.stop(page.value != TRANSFORMER)
     _target = torch.tensor([[BOS, *tokens[0, : len(answer)].tolist()]])
     _weights = {name: w[0] for name, w in look_inside(changed, source, _target).items()}
-    mo.Html(pictures.looks(_weights, step.value - 1, date.value.strip(), answer))
+    mo.Html(pictures.looks(_weights, step.value - 1, normalize(date.value), answer))
 
 
 @app.cell
@@ -315,9 +316,10 @@ def _(alpha, beam, date, network, page, upto, vocabulary):
         heat("If it ended here: the five best", _blank, _names, _columns, _texts),
     )
     _beam = switches.spell(_found, vocabulary)
-    _warning = [mo.callout(_problem, "warn")] if _problem else []
+    _problems = filter(None, (_problem, find_problem(date.value, _beam)))
+    _warnings = [mo.callout(problem, "warn") for problem in _problems]
     _answers = mo.md(f"The beam finds **{_beam}**, greedy search **{_greedy}**")
-    mo.vstack([*_warning, _answers, mo.Html(_tables)])
+    mo.vstack([*_warnings, _answers, mo.Html(_tables)])
 
 
 @app.cell

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from attention import MultiHeadAttention, causal_mask, draw_heads, padding_mask, positional_encoding
 from decoding.cache import cached
-from inputs.dates import sample_dates, share_exact, show_test, split_days
+from inputs.dates import normalize, sample_dates, share_exact, show_answer, show_test, split_days
 from inputs.text import BOS, EOS, MAX_LENGTH, PAD, Pair
 from running.shell import command, make_parser, number, open_weights, printable, save_weights, write
 
@@ -47,13 +47,13 @@ class Epoch(NamedTuple):
 
 def make_vocabulary(pairs: Sequence[Pair]) -> dict[str, int]:
     """Number the characters of the texts, after PAD, BOS, EOS and UNKNOWN."""
-    characters = sorted({c for text, iso in pairs for c in text + iso})
+    characters = sorted({c for text, iso in pairs for c in normalize(text) + iso})
     return {c: i for i, c in enumerate(characters, start=4)}
 
 
 def encode(text: str, vocabulary: dict[str, int]) -> Tensor:
-    """Return the tokens (len(text) + 1,) of a text, with EOS at the end."""
-    return torch.tensor([vocabulary.get(c, UNKNOWN) for c in text] + [EOS])
+    """Return the tokens (S,) of a text, one per character of `normalize`, with EOS at the end."""
+    return torch.tensor([vocabulary.get(c, UNKNOWN) for c in normalize(text)] + [EOS])
 
 
 def make_batch(pairs: Sequence[Pair], vocabulary: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ def draw_attention(model: Transformer, vocabulary: dict[str, int], pair: Pair) -
     weights = look_inside(model, source.to(device), target[:, :-1].to(device))
     last = f"decoder.{len(model.decoder) - 1}.cross_attention"
     text, iso = pair
-    return draw_heads(weights[last][0], [*iso, "∎"], [*text, "∎"])
+    return draw_heads(weights[last][0], [*iso, "∎"], [*normalize(text), "∎"])
 
 
 def open_model(path: Path) -> tuple[Transformer, dict[str, int]]:
@@ -308,7 +308,7 @@ def save(model: Transformer, vocabulary: dict[str, int], metrics: object, out: P
 
 def readable(text: str) -> str:
     """Parse --read."""
-    if not 0 < len(text.strip()) < MAX_LENGTH:
+    if not 0 < len(normalize(text)) < MAX_LENGTH:
         raise argparse.ArgumentTypeError(f"must have 1 to {MAX_LENGTH - 1} characters")
     return text
 
@@ -334,8 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.read is not None:
         model, vocabulary = open_model(args.out / "model.safetensors")
-        print(*map(printable, read(model.to(args.device), vocabulary, [args.read])))
-        return 0
+        (answer,) = read(model.to(args.device), vocabulary, [args.read])
+        return show_answer(args.read, answer, vocabulary)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     days, _, test_days = split_days()

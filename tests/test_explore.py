@@ -114,6 +114,7 @@ def test_a_date_that_is_none_is_answered_by_a_sentence(runs):
         ("", "these are 0"),
         ("1" * 61, "these are 61"),
         ("ᚠᚢ", "never seen ᚠ ᚢ before"),
+        ("5/3/2026", "read in two ways"),
     ):
         for page in ("Transformer", "Search"):
             shown = show(page, runs, date=control(text), **others)
@@ -284,7 +285,7 @@ def test_in_the_browser_the_transformer_follows_each_switch(visit, runs):
     visit.press(date, "Enter")
     model, source, answer = follow("1. juni 1999")
     visit.press(visit.slider("Follow character"), "Home", "ArrowRight")
-    target = torch.tensor([[1, *transformer.encode(answer, vocabulary).tolist()[:-1]]])
+    target = torch.tensor([[1, *map(vocabulary.get, answer)]])
     weights = switches.look_inside(model, source, target)
     chosen = [weights[f"decoder.{n}.cross_attention"][:, 1] for n in range(2)]
     expect(page, "Decoder, to the text", torch.cat(chosen))

@@ -23,8 +23,8 @@ def test_words_are_cut_and_composed():
 
 
 def test_a_date_becomes_tokens_with_padding():
-    source, problem = trained.encode_date("1.2.", {"1": 4, "2": 5, ".": 6})
-    assert source.tolist() == [[4, 6, 5, 6, EOS] + 4 * [PAD]]
+    source, problem = trained.encode_date(" 1.\uff12.\n", {"1": 4, "2": 5, ".": 6})
+    assert source.tolist() == [[4, 6, 5, EOS] + 4 * [PAD]]
     assert problem == ""
 
 
@@ -34,7 +34,7 @@ def test_a_date_in_an_unknown_script_is_read_with_a_warning():
     assert problem == "The network has never seen ‽ ⸘ before."
 
 
-@pytest.mark.parametrize("text", ["", "   ", "1" * 61])
+@pytest.mark.parametrize("text", ["", "   ", "“ ”", "1" * 61])
 def test_a_date_must_have_a_length(text):
     source, problem = trained.encode_date(text, {"1": 4})
     assert source is None and problem.startswith("Write a date of 1 to 60 characters")

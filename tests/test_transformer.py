@@ -214,8 +214,8 @@ def vocabulary():
 def test_the_vocabulary_knows_every_character(pairs, vocabulary):
     assert sorted(vocabulary.values()) == list(range(4, 4 + len(vocabulary)))
     for split in pairs:
-        assert {c for text, iso in split for c in text + iso} <= vocabulary.keys()
-    assert T.encode("1é☃", {"1": 4, "é": 5}).tolist() == [4, 5, T.UNKNOWN, T.EOS]
+        assert {c for text, iso in split for c in T.normalize(text) + iso} <= vocabulary.keys()
+    assert T.encode(" 1É☃.", {"1": 4, "e": 5}).tolist() == [4, 5, T.UNKNOWN, T.EOS]
 
 
 def test_a_batch_has_its_marks_and_padding():
@@ -369,9 +369,10 @@ def test_it_saves_what_it_prints_and_reads_with_what_it_saved(trained, capsys):
     assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
     model, vocabulary = T.open_model(out / "model.safetensors")
     assert printed.startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters on cpu\n")
-    found = T.read(model, vocabulary, ["12 mars 2021"])
-    assert run_main("--out", out, "--read", "12 mars 2021") == 0
-    assert capsys.readouterr() == (f"{found[0]}\n", "")
+    (found,) = T.read(model, vocabulary, ["12 mars 2021"])
+    assert run_main("--out", out, "--read", "12 mars 2021") == 1
+    message = f"{dates.find_problem('12 mars 2021', found)}\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_the_same_seed_gives_the_same_weights(trained, short, tmp_path):
@@ -410,6 +411,7 @@ def test_a_loss_that_breaks_saves_nothing(short, tmp_path, capsys, monkeypatch):
         ("--epochs", "1" * 400),
         ("--device", "abacus"),
         ("--read", " "),
+        ("--read", "“.”"),
         ("--read", "1" * T.MAX_LENGTH),
     ],
 )
@@ -423,8 +425,9 @@ def test_a_value_that_makes_no_sense_is_refused_with_its_option(option, value, c
 
 
 def test_a_text_of_other_bytes_is_read_all_the_same(trained, capsys):
-    assert run_main("--out", trained[0], "--read", "a\udcff\x1b b") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert run_main("--out", trained[0], "--read", "a\udcff\x1b b") == 1
+    unseen, problem = capsys.readouterr().err.splitlines()
+    assert r"never seen \x1b \udcff before" in unseen and "prediction" in problem
 
 
 def test_ctrl_c_ends_it_without_a_traceback_and_keeps_the_old_model(

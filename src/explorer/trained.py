@@ -3,19 +3,19 @@
 import importlib
 import json
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TypeVar
-from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
 
 import attention
 import transformer
-from inputs.dates import sample_dates, split_days
+from inputs.dates import find_unseen, normalize, sample_dates, split_days
 from inputs.photo import open_photo, prepare
 from inputs.text import PAD
 from running.shell import open_weights, save_weights
@@ -125,7 +125,7 @@ def classify(content: bytes, path: Path) -> tuple[Tensor, dict[str, float]]:
 
 def split_words(sentence: str) -> tuple[list[str], str]:
     """Return the words of a sentence, and what is wrong with it."""
-    words = [word[:20] for word in normalize("NFC", sentence).split()]
+    words = [word[:20] for word in unicodedata.normalize("NFC", sentence).split()]
     if 1 <= len(words) <= attention.MAX_WORDS:
         return words, ""
     return [], f"Write 1 to {attention.MAX_WORDS} words; these are {len(words)}."
@@ -133,9 +133,8 @@ def split_words(sentence: str) -> tuple[list[str], str]:
 
 def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, str]:
     """Return a date as a source (1, S) with padding, or None, and what is wrong with it."""
-    text = text.strip()
-    if not 1 <= len(text) <= LONGEST_DATE:
-        return None, f"Write a date of 1 to {LONGEST_DATE} characters; these are {len(text)}."
-    unknown = " ".join(sorted(set(text) - set(vocabulary)))
+    length = len(normalize(text))
+    if not 1 <= length <= LONGEST_DATE:
+        return None, f"Write a date of 1 to {LONGEST_DATE} characters; these are {length}."
     tokens = transformer.encode(text, vocabulary).tolist() + [PAD] * PADS
-    return torch.tensor([tokens]), unknown and f"The network has never seen {unknown} before."
+    return torch.tensor([tokens]), find_unseen(text, vocabulary)
