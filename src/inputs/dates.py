@@ -34,6 +34,7 @@ ALIKE = {  # what is written in several ways, and the one that is kept; after NF
     re.compile("[\u2010-\u2015\u2212]"): "-",
     re.compile("\u0131"): "i",  # Turkish, without a dot
     re.compile("\u060c"): ",",  # Arabic
+    re.compile(r"\b(\d{4})\.(\d{1,2})\.(?=\d)"): r"\1. \2. ",  # 2021.3.5, as in Korean
 }
 EDGES = " .,;:'\"`()[]{}<>\u3002"
 TWO_WAYS = re.compile(r"(?<!\d)(\d{1,2}) ?[-/ ] ?(\d{1,2}) ?[-/ ] ?\d{4}(?!\d)")
