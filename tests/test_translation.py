@@ -146,7 +146,7 @@ def with_a_nan(content):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (None, "No such file"),
+        (None, "there is no such file"),
         (lambda content: b"", ""),
         (lambda content: b"a text", ""),
         (lambda content: content[:-1], ""),
