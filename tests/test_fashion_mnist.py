@@ -436,14 +436,18 @@ def enlarged(image, *size):
     return ImageOps.expand(ImageOps.invert(Image.fromarray(image.numpy())).resize(size), 20, 255)
 
 
-def test_predict_names_photos_and_goes_on_after_a_broken_one(saved, tmp_path, sample, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_predict_names_photos_and_goes_on_after_a_broken_one(
+    saved, tmp_path, sample, capsys, monkeypatch, terminal
+):
     model, out = saved
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     good, text, bomb = tmp_path / "good one.png", tmp_path / "text.jpg", tmp_path / "bomb.png"
     enlarged(sample[0][0], 300, 300).save(good)
     text.write_text("no photo")
     Image.new("1", (20_000, 10_000)).save(bomb)
     empty = tmp_path / "empty.png"
-    Image.new("L", (9, 9)).save(empty)
+    Image.new("L", (90, 90)).save(empty)
     broken = [text, tmp_path / "missing.png", tmp_path, bomb, empty]
     arguments = ["--out", str(out), "--predict", *map(str, broken[:2]), str(good)]
     assert fashion.main([*arguments, *map(str, broken[2:]), "a\0b"]) == 1
@@ -453,7 +457,7 @@ def test_predict_names_photos_and_goes_on_after_a_broken_one(saved, tmp_path, sa
     assert len(captured.err.splitlines()) == len(broken) + 1
     assert f"{empty}: nothing but background" in captured.err
     *image, answer = captured.out.splitlines()
-    assert len(image) == 14
+    assert len(image) == 14 * terminal  # no escape codes in a file
     assert all(line.count("▀") == 28 for line in image)
     logits = fashion.predict(model, prepare(open_photo(good)).unsqueeze(0))
     assert answer.startswith(f"{good}: {fashion.CLASSES[logits.argmax()]} ")
