@@ -334,7 +334,7 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
             print(f"{name}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             status = 1
             continue
-        if sys.stdout.isatty():  # a file or a pipe gets the answers only
+        if sys.stdout and sys.stdout.isatty():  # a file or a pipe gets the answers only
             show_image(image)
         best = predict(model, image.unsqueeze(0)).softmax(dim=1)[0].topk(3)
         if not best.values.isfinite().all():
