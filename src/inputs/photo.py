@@ -78,7 +78,7 @@ def frame_depth(pixels: np.ndarray) -> int:
 
 
 def trim_frame(pixels: np.ndarray) -> np.ndarray:
-    """Cut a frame, bars or a print's white border off a photo's pixels (H, W, 3)."""
+    """Cut a frame, or bars, off the pixels (H, W, 3) of a photo."""
     for _ in range(4):
         pixels = np.rot90(pixels[frame_depth(pixels) :])
     return np.ascontiguousarray(pixels)
@@ -88,8 +88,8 @@ def check_edges(pixels: np.ndarray) -> None:
     """Raise ValueError if the edge of a photo, without its grain, shows more than background."""
     for _ in range(4):
         pixels = np.rot90(pixels)
-        line = cv2.medianBlur(np.ascontiguousarray(pixels[:1]), 15)[0].astype(int)
-        if np.abs(line[6:] - line[:-6]).max(initial=0) > 40:  # a shadow changes more slowly
+        line = cv2.medianBlur(np.ascontiguousarray(pixels[:1]), 21)[0].astype(int)
+        if np.abs(line[6:] - line[:-6]).max(initial=0) > 48:  # a shadow changes more slowly
             raise ValueError("something reaches the edge of the photo; leave a margin around it")
 
 
@@ -113,7 +113,7 @@ def find_garment(pixels: np.ndarray) -> np.ndarray:
     border[edge:-edge, edge:-edge] = False
     background = suggest_background(pixels)
     mask = np.full((height, width), cv2.GC_PR_BGD, dtype=np.uint8)
-    for view in (pixels, cv2.GaussianBlur(pixels, (0, 0), 5)):  # the blur removes a grain
+    for view in (pixels, cv2.GaussianBlur(pixels, (0, 0), 5)):  # wood has no grain when blurred
         off = cv2.absdiff(view, background)
         mask[(off > 3 * (off[border].mean(axis=0) + 8)).any(axis=-1)] = cv2.GC_PR_FGD
     mask[border] = cv2.GC_BGD
@@ -126,7 +126,7 @@ def find_garment(pixels: np.ndarray) -> np.ndarray:
     areas[0] = 0  # the background
     if areas.max() < SMALLEST * mask.size:
         raise ValueError("nothing but background, or a garment that is too much like it")
-    check_parts(stats[areas > areas.max() / 3])
+    check_parts(stats[areas > areas.max() / 5])
     garment = (areas > areas.max() / 20)[parts]
     y, x = np.nonzero(garment)
     box = (np.ptp(y) + 1) * (np.ptp(x) + 1)
