@@ -210,3 +210,9 @@ def test_transformer_prints_lines_of_its_chapters_kind(capsys, tmp_path, monkeyp
     assert len(wanted) >= 5
     assert {skeleton(line) for line in wanted} <= printed
     assert any(line.startswith("Test: ") for line in printed)
+
+
+def test_a_clone_has_line_feeds_wherever_it_is_made():
+    attributes = (ROOT / ".gitattributes").read_text(encoding="utf-8")
+    assert attributes.startswith("* text=auto eol=lf\n")
+    assert not any("\r" in source for source in SCRIPTS.values())

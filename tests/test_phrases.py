@@ -61,3 +61,15 @@ def test_text_is_written_once_and_is_the_same_every_time(tmp_path, monkeypatch):
     P.write_phrases(tmp_path / "a", BOTH)
     assert not (tmp_path / "a/val.de").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_a_language_may_be_written_with_a_hyphen():
+    P.check_languages(["pt-BR", "zh_Hant"])
+    assert sample("val", 20, ("pt-BR", "en")) == sample("val", 20, ("pt_BR", "en"))
+
+
+def test_phrases_of_another_babel_are_made_anew(monkeypatch):
+    name = P.phrases_name(BOTH)
+    assert name == P.phrases_name(BOTH) != P.phrases_name(("de", "fr"))
+    monkeypatch.setattr(P.babel, "__version__", "0.0")
+    assert P.phrases_name(BOTH) != name

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -712,6 +713,13 @@ def test_words_are_counted_as_the_language_has_them(language, words):
     assert (found[bleu] > 50) == (words != "13a")
 
 
+def test_pieces_in_any_script_are_drawn_without_a_warning(words):
+    pair = ("日本語 한국어 हिन्दी $x$", "ein hund")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert T.draw_attention(T.make_model(SMALL, words), words, pair).startswith(b"\x89PNG")
+
+
 def test_what_the_test_hides_is_said(trained, tmp_path, capsys):
     """Sentences that are too long, that are trained on, and a test with one side."""
     data = tmp_path / "data"
@@ -907,6 +915,25 @@ def test_a_signal_stops_after_the_step_and_resuming_gives_the_same_bits(
     assert 0 < state["progress"]["step"] < torch.load(whole / "checkpoint.pt")["progress"]["step"]
     assert run_main(*arguments, "--resume") == 0
     assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_may_come_at_any_moment(monkeypatch):
+    """Also as soon as the first handler is there, before the others are."""
+    set_handler = signal.signal
+
+    def set_and_interrupt(number, handler):
+        before = set_handler(number, handler)
+        if not came:
+            came.append(number)
+            signal.raise_signal(number)
+        return before
+
+    came = []
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(signal, "signal", set_and_interrupt)
+    with processes.catching_signals() as signals:
+        assert signals == came
+    assert {number: signal.getsignal(number) for number in old} == old
 
 
 def test_a_second_ctrl_c_ends_at_once(trained, tmp_path, capsys, monkeypatch):
