@@ -193,7 +193,7 @@ def test_a_transparent_background_is_the_mask(sample, tmp_path, mode, gray):
     assert np.corrcoef((found > 127).flatten(), (sample[0][1] > 30).flatten())[0, 1] > 0.8
 
 
-def test_an_opaque_picture_has_no_mask_and_nor_has_one_with_round_corners(sample, tmp_path):
+def test_an_opaque_picture_has_no_mask_nor_has_one_with_round_corners(sample, tmp_path):
     photo = enlarged(sample[0][1], 200, 200)
     opaque, corner = photo.convert("RGBA"), photo.convert("RGBA")
     corner.paste((0, 0, 0, 0), (0, 0, 9, 9))
@@ -217,12 +217,12 @@ def test_a_white_garment_on_gray_stays_white(sample, tmp_path):
     assert found[found > 8].float().median() > 200
 
 
-@pytest.mark.parametrize("period", [4, 9, 25])
+@pytest.mark.parametrize("period", [9, 16])
 def test_a_garment_is_found_on_striped_wood(sample, tmp_path, period):
     image = np.asarray(Image.fromarray(sample[0][1].numpy()).resize((280, 280)), dtype=float)
     x = np.arange(400)
-    photo = np.tile(140 + 30 * np.sin(x * 2 * np.pi / period), (400, 1))
-    photo[60:340, 60:340][image > 30] = 55 - image[image > 30] / 10
+    photo = np.tile(150 + 45 * np.sin(x * 2 * np.pi / period), (400, 1))
+    photo[60:340, 60:340][image > 30] = 75 - image[image > 30] / 10
     found = seen(Image.fromarray(photo.clip(0, 255).astype(np.uint8)), tmp_path)
     assert np.corrcoef((found > 8).flatten(), (sample[0][1] > 30).flatten())[0, 1] > 0.7
 
@@ -325,10 +325,11 @@ def test_a_png_with_a_flipped_byte_is_refused(sample, tmp_path):
         assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_broken_exif_is_passed_over(sample, tmp_path):
+@pytest.mark.parametrize("exif", [b"nonsense that is no TIFF file", b"II*\0"])
+def test_a_broken_exif_is_passed_over(sample, tmp_path, exif):
     photo = enlarged(sample[0][1], 200, 200)
-    photo.save(tmp_path / "photo.jpg", exif=b"Exif\0\0nonsense that is no TIFF file")
-    assert prepare(open_photo(tmp_path / "photo.jpg")).max() > 200
+    photo.save(tmp_path / "exif.png", exif=b"Exif\0\0" + exif)
+    assert prepare(open_photo(tmp_path / "exif.png")).equal(seen(photo, tmp_path))
 
 
 def header(width, height):

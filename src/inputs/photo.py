@@ -19,7 +19,7 @@ from torch import Tensor
 LARGEST = 100_000_000  # pixels of a file
 PHOTO_SIDE = 224  # pixels, enough to cut out a garment
 SMALLEST = 0.004  # share of a photo that a garment must cover
-LIGHT = 160  # gray value above which a garment, inverted, would be mostly noise
+LIGHT = 170  # gray value above which a garment, inverted, would be mostly noise
 
 
 def check_header(path: Path) -> None:
