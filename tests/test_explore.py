@@ -286,8 +286,8 @@ def test_in_the_browser_the_transformer_follows_each_switch(visit, runs):
     model, source, answer = follow("1. juni 1999")
     visit.press(visit.slider("Follow character"), "Home", "ArrowRight")
     target = torch.tensor([[1, *map(vocabulary.get, answer)]])
-    weights = switches.look_inside(model, source, target)
-    chosen = [weights[f"decoder.{n}.cross_attention"][:, 1] for n in range(2)]
+    weights = transformer.look_inside(model, source, target)
+    chosen = [weights[f"decoder.{n}.cross_attention"][0, :, 1] for n in range(2)]
     expect(page, "Decoder, to the text", torch.cat(chosen))
     unseen = sample_dates(split_days()[2][:200], Random(2))
     share = switches.score_dates(network, vocabulary, unseen)
@@ -310,7 +310,7 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
         ended = sorted((b for step in steps[1:] for b in step), key=lambda branch: -branch.score)[
             :5
         ]
-        page.get_by_role("row").filter(has_text=pictures.number(ended[0].score)).first.wait_for()
+        page.get_by_role("row").filter(has_text=pictures.decimal(ended[0].score)).first.wait_for()
         nodes = sum(map(len, steps[:upto]))
         page.wait_for_function(f"document.querySelectorAll('svg tspan').length == {nodes}")
 
