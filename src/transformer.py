@@ -191,13 +191,32 @@ def generate(model: Transformer, source: Tensor, limit: int = 20) -> list[list[i
     memory = model.eval().encode(source)
     memory_mask = padding_mask(source, PAD)
     target = torch.full((len(source), 1), BOS, device=source.device)
+    for _ in range(limit):
+        logits = model.decode(target, memory, memory_mask)  # (B, T, V)
+        target = torch.cat((target, logits[:, -1:].argmax(dim=-1)), dim=1)
+        if (target == EOS).any(dim=1).all():
+            break
+    return cut_off_ends(target)
+
+
+@torch.inference_mode()
+def generate_cached(model: Transformer, source: Tensor, limit: int = 20) -> list[list[int]]:
+    """Generate the same as `generate`; each step computes only the new token's keys and values."""
+    memory = model.eval().encode(source)
+    memory_mask = padding_mask(source, PAD)
+    target = torch.full((len(source), 1), BOS, device=source.device)
     with cached(model):
         for t in range(limit):
-            logits = model.decode(target[:, t:], memory, memory_mask, start=t)
+            logits = model.decode(target[:, t:], memory, memory_mask, start=t)  # (B, 1, V)
             target = torch.cat((target, logits.argmax(dim=-1)), dim=1)
             if (target == EOS).any(dim=1).all():
                 break
             memory = memory[:, :0]  # its keys and values are kept
+    return cut_off_ends(target)
+
+
+def cut_off_ends(target: Tensor) -> list[list[int]]:
+    """Return the tokens of targets (B, T) without BOS, each up to its first EOS."""
     rows = target[:, 1:].tolist()
     return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
@@ -255,7 +274,7 @@ def read(model: Transformer, vocabulary: dict[str, int], texts: Sequence[str]) -
     for start in range(0, len(texts), 500):
         sources = [encode(text, vocabulary) for text in texts[start : start + 500]]
         source = pad_sequence(sources, batch_first=True, padding_value=PAD)
-        tokens = generate(model, source.to(model.positions.device))
+        tokens = generate_cached(model, source.to(model.positions.device))
         found += ["".join(characters.get(i, "?") for i in row) for row in tokens]
     return found
 

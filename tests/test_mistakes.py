@@ -367,13 +367,13 @@ def test_padding_masked_on_the_rows_lets_a_text_change_with_its_neighbors(change
     "answers change every time",
 )
 def test_without_eval_dropout_stays_on(changed):
-    old = "model.eval().encode(source)"
-    wrong = changed("transformer.py", old, old.replace(".eval()", ""))["generate"]
+    body = source("transformer.py").partition("def generate(")[2].partition("\n\n\n")[0]
+    wrong = changed("transformer.py", body, body.replace(".eval()", ""))["generate"]
     torch.manual_seed(0)
-    model, source = make(dropout=0.5).train(), draw([6, 5, 4])
-    assert len({str(wrong(model, source)) for _ in range(5)}) > 1
+    model, dates = make(dropout=0.5).train(), draw([6, 5, 4])
+    assert len({str(wrong(model, dates)) for _ in range(5)}) > 1
     model.train()
-    assert len({str(transformer.generate(model, source)) for _ in range(5)}) == 1
+    assert len({str(transformer.generate(model, dates)) for _ in range(5)}) == 1
 
 
 @makes(
@@ -382,11 +382,11 @@ def test_without_eval_dropout_stays_on(changed):
     "every new token is treated as if it were at position 0",
 )
 def test_a_cache_that_forgets_where_it_is_puts_every_token_at_position_0(changed):
-    wrong = changed("transformer.py", *bug("transformer.py", "start=t)"))["generate"]
+    wrong = changed("transformer.py", *bug("transformer.py", "start=t)"))["generate_cached"]
     model, source = make(), draw([6, 5, 4])
     embed, starts = model.embed, []
     model.embed = lambda tokens, start=0: starts.append(start) or embed(tokens, start)
-    transformer.generate(model, source)
+    transformer.generate_cached(model, source)
     assert starts[1:] == [*range(len(starts) - 1)]  # the first call is the encoder's
     starts.clear()
     wrong(model, source)

@@ -181,12 +181,19 @@ def repeater():
 
 
 @torch.inference_mode()
-def test_generating_with_the_cache_is_taking_the_likeliest_token(repeater):
+def test_generating_is_taking_the_likeliest_token(repeater):
     torch.manual_seed(1)
     source = draw([9, 4, 1, 5, 2, 3], vocab_size=14)
     found = T.generate(repeater, source)
     assert found == [greedy(repeater, row[row != T.PAD][None], limit=20) for row in source]
     assert len(set(map(len, found))) >= 3
+
+
+@pytest.mark.parametrize("limit", [0, 3, 20])
+def test_generating_with_the_cache_gives_the_same(repeater, limit):
+    torch.manual_seed(1)
+    source = draw([9, 4, 1, 5, 2, 3], vocab_size=14)
+    assert T.generate_cached(repeater, source, limit) == T.generate(repeater, source, limit)
 
 
 def test_a_target_is_at_most_as_long_as_its_limit():
@@ -472,8 +479,9 @@ def test_it_learns_to_read_unseen_dates(seed, tmp_path):
 def test_it_computes_and_generates_the_same_on_an_accelerator():
     model = make().float()
     source, target = draw([7, 4, 1]), draw([3, 6, 5])
-    expected, generated = model(source, target), T.generate(model, source)
+    expected, generated = model(source, target), T.generate_cached(model, source)
     device = torch.accelerator.current_accelerator()
     model, source, target = model.to(device), source.to(device), target.to(device)
     torch.testing.assert_close(model(source, target).cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert T.generate_cached(model, source) == generated
     assert T.generate(model, source) == generated
