@@ -13,7 +13,7 @@ POETRY := .poetry/bin/python -m poetry
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
 
 help:
-	@echo 'make demo       set up, then run the five lessons'
+	@echo 'make demo       set up, then run the five lessons, into runs/demo/'
 	@echo 'make explore    set up, then open a page on which one can move things'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
@@ -25,10 +25,10 @@ help:
 
 demo: $(VENV_READY)
 	$(POETRY) run src/pytorch-hello.py
-	$(POETRY) run src/fashion-mnist.py
-	$(POETRY) run src/attention.py
-	$(POETRY) run src/transformer.py
-	$(POETRY) run src/translation.py --restart
+	$(POETRY) run src/fashion-mnist.py --out runs/demo/fashion-mnist
+	$(POETRY) run src/attention.py --out runs/demo/attention
+	$(POETRY) run src/transformer.py --out runs/demo/transformer
+	$(POETRY) run src/translation.py --out runs/demo/translation --restart
 
 explore: $(EXPLORE_READY)
 	$(POETRY) run marimo run --no-check --host 127.0.0.1 src/explore.py
@@ -57,12 +57,12 @@ docs: demo
 	$(POETRY) run docs/diagrams.py
 	$(POETRY) run docs/changes.py
 	$(POETRY) run benchmarks/attention.py
-	cp runs/fashion-mnist/history.png docs/history.png
-	cp runs/fashion-mnist/confusion.png docs/confusion.png
-	cp runs/fashion-mnist/answers.png docs/answers.png
-	cp runs/fashion-mnist/mistakes.png docs/mistakes.png
-	cp runs/attention/attention.png docs/heads.png
-	cp runs/transformer/attention.png docs/dates.png
+	cp runs/demo/fashion-mnist/history.png docs/history.png
+	cp runs/demo/fashion-mnist/confusion.png docs/confusion.png
+	cp runs/demo/fashion-mnist/answers.png docs/answers.png
+	cp runs/demo/fashion-mnist/mistakes.png docs/mistakes.png
+	cp runs/demo/attention/attention.png docs/heads.png
+	cp runs/demo/transformer/attention.png docs/dates.png
 	cp runs/benchmarks/attention.png docs/speed.png
 
 clean:

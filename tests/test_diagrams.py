@@ -134,7 +134,7 @@ def test_number():
 
 
 def test_valley_steps_as_the_optimizer_of_chapter_1_does():
-    lines = [line for line in texts("valley") if re.match("slope|w ← [0-9]", line)]
+    lines = [line for line in texts("valley") if re.match("steepness|w ← [0-9]", line)]
     assert len(lines) == 4
     for slope, line in zip(lines[::2], lines[1::2], strict=True):
         start, rate, factor, after = numbers(line.replace(" − ", " "))

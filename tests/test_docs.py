@@ -1,5 +1,6 @@
 """The pages are true: their commands, outputs, code, links and pictures."""
 
+import ast
 import importlib
 import os
 import re
@@ -105,12 +106,25 @@ def test_a_link_leads_somewhere(page, target):
 
 @pytest.mark.parametrize(
     ("page", "name", "path", "line"),
-    in_pages(r"\[`?([\w.]+)`?\]\(((?:\.\./)?src/.*?)#L(\d+)\)"),
+    in_pages(r"\[`?((?!\w+\.py\b)[\w.]+)`?\]\(((?:\.\./)?src/.*?)#L(\d+)\)"),
     ids=named,
 )
 def test_a_link_to_a_line_leads_to_the_definition_of_its_name(page, name, path, line):
     found = (page.parent / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
     assert re.match(rf" *(def|class) {name.rpartition('.')[2]}\b", found)
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_the_lines_to_read_are_whole_functions(number):
+    text = " ".join(chapter(number).split())
+    first, last, script, begin, names = re.search(
+        r"Read lines (\d+)\D(\d+) of \[([\w.-]+)\]\(\.\./src/\3#L(\d+)\), (.*?);", text
+    ).groups()
+    assert first == begin
+    body = ast.parse(SCRIPTS[script]).body
+    lines = {node.name: (node.lineno, node.end_lineno) for node in body if hasattr(node, "name")}
+    start, *_, end = re.findall(r"\w+(?=[`\]])", names) * 2
+    assert (lines[start][0], lines[end][1]) == (int(first), int(last))
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -172,6 +186,16 @@ def test_hello_prints_what_its_chapter_says(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("PyTorch ")
     assert_printed(output.partition("\n")[2], printed)
+
+
+def test_what_the_readme_prints_stands_in_a_chapter():
+    outputs = [block for block in blocks(PAGES[ROOT / "README.md"], "") if block[0] != "✗"]
+    printed = {
+        line for n in range(1, 6) for block in blocks(chapter(n), "") for line in block.splitlines()
+    }
+    assert len(outputs) >= 3
+    for output in outputs:
+        assert {*output.splitlines()} <= printed
 
 
 def test_attention_prints_what_its_chapter_says(capsys, tmp_path):

@@ -34,7 +34,7 @@ PAGES.append("5-translation.md")
 def rows(page):
     """Return what is seen for each mistake of a page."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    section = text.partition("## What goes wrong\n")[2].partition("\n## ")[0]
+    section = text.partition("## What goes wrong\n")[2].partition("\n##")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
     return dict(re.fullmatch(r"\| (.*?) \| (.*) \|", line).groups() for line in lines)
 
@@ -359,6 +359,25 @@ def test_padding_masked_on_the_rows_lets_a_text_change_with_its_neighbors(change
     torch.testing.assert_close(model.encode(alone)[0], model.encode(beside)[0, :4])
     monkeypatch.setattr(transformer, "padding_mask", names["padding_mask"])
     assert not torch.allclose(model.encode(alone)[0], model.encode(beside)[0, :4])
+
+
+@makes(
+    "4-transformer.md",
+    "the layers in a plain list",
+    "no error",
+    "All layers stay as random as they were",
+)
+def test_layers_in_a_plain_list_are_not_found(changed, seen):
+    text = source("transformer.py")
+    stacks = re.search(r"        self\.encoder = .*\n        self\.decoder = .*\n", text)[0]
+    plain = re.sub(r"nn\.ModuleList\((.*)\)", r"[\1]", stacks)
+    names = changed("transformer.py", stacks, plain)
+    wrong = names["Transformer"](250, names["Sizes"]())
+    model = transformer.Transformer(250, transformer.Sizes())
+    counts = [sum(p.numel() for p in each.parameters()) for each in (wrong, model)]
+    assert counts == [int(n.replace(",", "")) for n in re.findall(r"\d+,\d+", seen)]
+    assert wrong(draw([5, 3]), draw([6, 6])).isfinite().all()
+    assert [*wrong.state_dict()] == ["embedding.weight"]
 
 
 @makes(

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import math
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def test_the_derivative_of_a_cube():
 
 
 STEP = re.compile(r"w \\leftarrow ([\d.]+) - ([\d.]+) \\cdot \(?(-?[\d.]+)\)? = ([\d.]+)")
+
+
+def test_the_chain_rule_by_hand():
+    passage = find("1-hello.md", "Take $`(3x - 2)^2`$ at $`x =", "`$. The derivatives of a number")
+    x, u, inner, *_, outer, first, second, product = passage
+    at = torch.tensor(x, requires_grad=True)
+    (3 * at - 2).square().backward()
+    assert (u, inner, outer, product) == (3 * x - 2, 3, 2 * u, at.grad.item())
+    assert (first, second) == (outer, inner)
 
 
 def test_steps_of_gradient_descent():
@@ -170,6 +180,50 @@ def test_adam_moves_parameters_with_small_and_large_gradients_equally_far():
     assert parameter.tolist() == pytest.approx([-0.006, -0.006], rel=1e-4)
 
 
+def test_adam_written_out_is_that_of_pytorch():
+    page = read("2-fashion-mnist.md")
+    (one, two, three, four), (rest_one, rest_two) = (
+        [*map(float, re.findall(pattern, page)[0])]
+        for pattern in (
+            r"m &\\leftarrow ([\d.]+) \\, m \+ ([\d.]+) \\, g .*?([\d.]+) \\, v \+ ([\d.]+)",
+            r"\{1 - ([\d.]+)\^t\}.*?\{1 - ([\d.]+)\^t\}",
+        )
+    )
+    w = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    expected = torch.optim.Adam([w], lr=0.006)
+    mine, m, v = 1.0, 0.0, 0.0
+    for t, g in enumerate((0.5, -2.0, 100.0), start=1):
+        m = one * m + two * g
+        v = three * v + four * g**2
+        mine -= 0.006 * (m / (1 - rest_one**t)) / (math.sqrt(v / (1 - rest_two**t)) + 1e-8)
+        w.grad = torch.tensor(g, dtype=torch.float64)
+        expected.step()
+        assert mine == pytest.approx(w.item(), rel=1e-12)
+
+
+def test_a_network_learns_a_batch_by_heart_and_with_a_second_softmax_it_cant():
+    fashion = importlib.import_module("fashion-mnist")
+    images, labels = (x[:32] for x in fashion.load(fashion.SAMPLE, "train"))
+    (lowest,) = find("2-fashion-mnist.md", "it can't fall below", ". 4. **Look")
+    best = F.cross_entropy(F.one_hot(labels, 10).float(), labels)
+    assert best.item() == pytest.approx(lowest, abs=0.005)
+    last = []
+    for activation in (nn.Identity(), nn.Softmax(dim=1)):
+        torch.manual_seed(0)
+        model = nn.Sequential(fashion.Classifier(), activation)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.006)
+        for step in range(100):
+            loss = F.cross_entropy(model(images), labels)
+            if step == 0:
+                assert loss.item() == pytest.approx(math.log(10), abs=0.3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        last.append(loss.item())
+    assert last[0] < 0.01
+    assert last[1] >= best
+
+
 def test_an_epoch_has_the_steps_that_the_page_says():
     (steps,) = find("2-fashion-mnist.md", "is an *epoch*:", "steps")
     fashion = importlib.import_module("fashion-mnist")
@@ -217,10 +271,64 @@ def test_what_cat_gets(capsys):
     assert [the, cat, sees, the, dog] == pytest.approx(expected, abs=0.001)
 
 
-def test_the_first_position_by_hand():
-    said = find("3-attention.md", r"\cos 0.01) = (", ")")
+def rows_of_table(page, after):
+    """Return the rows of the first table after a text, each as the list of its cells."""
+    lines = (DOCS / page).read_text(encoding="utf-8").partition(after)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_positions_by_hand():
     attention = importlib.import_module("attention")
-    assert said == pytest.approx(attention.positional_encoding(2, 4)[1].tolist(), abs=0.005)
+    _, _, *rows = rows_of_table("3-attention.md", "With four numbers:")
+    encoding = attention.positional_encoding(101, 4)
+    assert len(rows) == 5
+    for row in rows:
+        (t,), said = numbers(row[0]), numbers(" ".join(row[1:]))
+        assert said == pytest.approx(encoding[int(t)].tolist(), abs=0.005)
+
+
+def test_the_shapes_of_masks():
+    attention = importlib.import_module("attention")
+    sizes = {"B": 2, "T": 3, "S": 3, "1": 1}
+    _, _, *rows = rows_of_table("3-attention.md", "repeats it along the dimensions")
+    said = [[sizes[letter] for letter in re.findall(r"\w", row[1])] for row in rows]
+    causal = attention.causal_mask(3)
+    padding = attention.padding_mask(torch.tensor([[5, 5, 0], [5, 5, 5]]), pad=0)
+    heads = attention.MultiHeadAttention(8, 4)
+    x = torch.randn(2, 3, 8)
+    ready = heads.split_heads(x, x, x, causal & padding)[3]
+    assert said == [list(mask.shape) for mask in (causal, padding, causal & padding, ready)]
+
+
+def test_the_labels_of_a_sequence_by_hand():
+    rows = rows_of_table("3-attention.md", "the last one):")
+    digits, mirror, left = ([int(n) for n in row[1].split()] for row in rows if "-" not in row[1])
+    assert mirror == digits[::-1]
+    assert left == digits[-1:] + digits[:-1]
+
+
+def test_four_ways_to_mask():
+    attention = importlib.import_module("attention")
+    header, _, *rows = rows_of_table("3-attention.md", "under four masks:")
+    Q, K, V = torch.zeros(1, 1), torch.zeros(2, 1), torch.tensor([[1.0], [2.0]])
+    theirs = nn.MultiheadAttention(1, 1, bias=False)
+    for weight in theirs.parameters():
+        nn.init.ones_(weight)
+    for column, words in enumerate(header[1:], start=1):
+        mask = torch.tensor([[word == "True" for word in words.split()]])
+        scores = (Q @ K.T).float()
+        found = [
+            attention.scaled_dot_product_attention(Q, K, V, mask)[0],
+            theirs(Q, K, V, attn_mask=mask)[0],
+            (scores + mask.float().log()).softmax(dim=-1) @ V,
+            (scores + mask.float()).softmax(dim=-1) @ V,
+        ]
+        said = [float(row[column].lower()) for row in rows]
+        assert said == pytest.approx([x.item() for x in found], abs=0.005, nan_ok=True)
+        kernel = F.scaled_dot_product_attention(Q[None], K[None], V[None], mask[None])
+        assert kernel.item() == pytest.approx(said[0], abs=0.005)
 
 
 def test_weights_under_a_mask_by_hand():
@@ -250,7 +358,8 @@ def test_scores_of_two_translations_by_hand():
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_what_is_typed_at_the_prompt_gives_what_the_page_says(page):
+def test_what_is_typed_at_the_prompt_gives_what_the_page_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where files may be written
     text = page.read_text(encoding="utf-8")
     typed = "\n".join(re.findall(r"^```pycon\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     case = doctest.DocTestParser().get_doctest(typed, {"torch": torch}, page.name, str(page), 0)
