@@ -143,7 +143,7 @@ def printed_walk() -> dict[str, list[list[float]]]:
 
 def one_word() -> Drawing:
     """Draw the row of *cat*, from its scores to the mixture of the values."""
-    d = Drawing("The row of cat: scores, exponentials, weights, and the mixture of values", 450)
+    d = Drawing("The row of cat: scores, exponentials, weights, and the mixture of values", 490)
     walk, words = printed_walk(), attention.SENTENCE.split()
     scores, weights = walk["QKᵀ/√d_k"][1], walk["softmax(QKᵀ/√d_k)"][1]
     exponentials = [round(math.exp(score), 2) for score in scores]  # as one does by hand
@@ -161,14 +161,16 @@ def one_word() -> Drawing:
             d.box(x, y, 88, 38, number(each), style)
     d.text(right, 146, f"sum {total:.2f}")
     d.text(right, 218, f"sum {sum(weights):.2f}")
-    d.text(190, 336, "times value", "end")
-    for x, value in zip(xs, walk["V = x W_v"], strict=True):
-        d.box(x, 336, 88, 128, column(value), "green tint")
+    d.text(190, 373, "weight times\nvalue", "end")
+    for x, weight, value in zip(xs, weights, walk["V = x W_v"], strict=True):
+        d.box(x, 356, 88, 168, style="green tint")
+        d.text(x, 297, f"{number(weight)} ×", "blue")
+        d.text(x, 373, column(value))
         if x < xs[-1]:
-            d.text(x + 53, 336, "+")
-    d.text((xs[-1] + right) / 2 + 1, 336, "=")
-    d.box(right, 336, 88, 128, column(walk["softmax(QKᵀ/√d_k)V"][1]), "green tint thick")
-    d.text(860, 424, "what cat gets", "end")
+            d.text(x + 53, 373, "+")
+    d.text((xs[-1] + right) / 2 + 1, 373, "=")
+    d.box(right, 373, 88, 134, column(walk["softmax(QKᵀ/√d_k)V"][1]), "green tint thick")
+    d.text(860, 464, "what cat gets", "end")
     return d
 
 

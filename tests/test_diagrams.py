@@ -183,10 +183,11 @@ def test_one_word_is_the_row_of_cat(monkeypatch):
     output, weights = formula(Q, K, V)
     cat = attention.SENTENCE.split().index("cat")
     mixed = torch.cat((V, output[[cat]])).T  # a row per dimension
-    shown = [row("one-word", y) for y in (74, 218, 294, 322, 350, 378)]
+    shown = [row("one-word", y) for y in (74, 218, 331, 359, 387, 415)]
     expected = (K @ Q[cat] / math.sqrt(Q.shape[1]), weights[cat], *mixed)
     for line, found in zip(shown, expected, strict=True):
         assert line == pytest.approx(found.tolist(), abs=0.00501)
+    assert [numbers(line) for line in texts("one-word", "blue")] == [[n] for n in shown[1]]
     exponentials = row("one-word", 146)
     assert exponentials == [round(math.exp(score), 2) for score in shown[0]]
     assert shown[1] == [round(each / sum(exponentials), 2) for each in exponentials]
