@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from drawing import WIDTH, Drawing, Point, column, number, scale
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
+hello = importlib.import_module("pytorch-hello")
 attention = importlib.import_module("attention")
 transformer = importlib.import_module("transformer")
 
@@ -32,6 +34,46 @@ MIDDLE = WIDTH // 2
 PEOPLE = {"Zhang": "Aston", "Lipton": "Zachary", "Li": "Mu", "Smola": "Alex"}  # as in d2l.ai
 FIRST = {"a": 0.5, "the": 0.4, "one": 0.1}  # probabilities of a first word, and of a second
 SECOND = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
+
+
+def noisy_points() -> tuple[Tensor, Tensor]:
+    """Return the points x and y (100,) through which pytorch-hello.py fits a line."""
+    spy = patch.object(hello, "fit_line", return_value=(0, 0))
+    with spy as fit, redirect_stdout(io.StringIO()):
+        hello.main(["--device", "cpu"])
+    x, y = fit.call_args.args
+    return x, y
+
+
+def line() -> Drawing:
+    """Draw the points of pytorch-hello.py with a bad line and the fitted one."""
+    d = Drawing("Points, a line that misses them, and the line that fits them best", 470)
+    x, y = noisy_points()
+    X, Y = scale(-1, 1, 80, 840), scale(-6, 2, 400, 30)
+    d.line((X(-1), Y(2)), (X(-1), Y(-6)), (X(1), Y(-6)))
+    for n in (-1, 0, 1):
+        d.text(X(n), 426, number(n, "g"), "soft")
+    for n in (-6, -4, -2, 0, 2):
+        d.text(64, Y(n), number(n, "g"), "soft end")
+    d.text(X(0.5), 426, "x")
+    d.text(64, Y(-1), "y", "end")
+    w, b = hello.fit_line(x, y, steps=200, learning_rate=0.2)
+    fitted = w * x + b
+    for guess, style in ((x, "orange dashed"), (fitted, "blue thick")):
+        d.line(*((X(x[n].item()), Y(guess[n].item())) for n in (0, -1)), style=style)
+    for a, c in zip(x.tolist(), y.tolist(), strict=True):
+        d.dot(X(a), Y(c), "soft", radius=4)
+    lowest = (fitted - y).argmax().item()
+    for guess, n, style, dx, dy in ((x, 20, "orange", 40, -70), (fitted, lowest, "blue", 0, 24)):
+        at, below = X(x[n].item()), Y(y[n].item())
+        d.line((at, Y(guess[n].item())), (at, below), style=f"{style} thick")
+        d.dot(at, below, style)
+        d.text(at + dx, below + dy, "error", style)
+    losses = [F.mse_loss(guess, y).item() for guess in (x, fitted)]
+    d.text(X(-0.9), Y(1), f"a guess: y = 1x + 0, loss {losses[0]:.2f}", "orange start")
+    found = f"y = {w:.2f}x − {-b:.2f}"
+    d.text(X(0.95), Y(-5), f"after 200 steps: {found}, loss {losses[1]:.2f}", "blue bold end")
+    return d
 
 
 def valley() -> Drawing:
@@ -278,6 +320,7 @@ def learning_rate() -> Drawing:
 
 
 DIAGRAMS = {
+    "line": line,
     "valley": valley,
     "gelu": gelu,
     "lookup": lookup,

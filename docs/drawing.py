@@ -89,9 +89,10 @@ class Drawing:
         if words:
             self.text(x, y, words)
 
-    def dot(self, x: float, y: float, style: str) -> None:
+    def dot(self, x: float, y: float, style: str, radius: float = 7) -> None:
         """Draw a full circle."""
-        self.shapes.append(f'<circle cx="{short(x)}" cy="{short(y)}" r="7" class="{style} full"/>')
+        place = f'cx="{short(x)}" cy="{short(y)}" r="{radius:g}"'
+        self.shapes.append(f'<circle {place} class="{style} full"/>')
 
     def cells(self, x: float, y: float, w: float, h: float, numbers: Tensor, *styles: str) -> None:
         """Draw a matrix of numbers from -1 to 1, each w by h, with (x, y) at the top left.

@@ -133,6 +133,52 @@ def test_number():
     assert [drawing.number(each) for each in (-0.004, -1.5, 2)] == ["0.00", "−1.50", "2.00"]
 
 
+def points(path):
+    """Return the points of a line, in pixels."""
+    return [tuple(map(float, point.split())) for point in path.get("d")[1:].split("L")]
+
+
+def lines(name, style):
+    """Return the points of each line that has all names of a style."""
+    found = root(name).iter(f"{SVG}path")
+    return [points(path) for path in found if {*style.split()} <= {*path.get("class").split()}]
+
+
+def circles(name, style=""):
+    """Return the centers of the dots that have all names of a style, in pixels."""
+    found = root(name).iter(f"{SVG}circle")
+    kept = [each for each in found if {*style.split()} <= {*each.get("class").split()}]
+    return [(float(each.get("cx")), float(each.get("cy"))) for each in kept]
+
+
+def test_line_shows_the_points_and_the_fit_of_chapter_1(capsys):
+    hello = importlib.import_module("pytorch-hello")
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 100)
+    y = 3 * x - 2 + 0.3 * torch.randn(100)
+
+    def place(x, y):
+        return pytest.approx((460 + 380 * x, 307.5 - 46.25 * (y + 4)), abs=0.051)
+
+    dots = circles("line", "soft")
+    assert len(dots) == 100
+    for dot, a, b in zip(dots, x.tolist(), y.tolist(), strict=True):
+        assert dot == place(a, b)
+    hello.main(["--device", "cpu"])
+    printed = re.search("gradient descent +([0-9.]+) +(-[0-9.]+)", capsys.readouterr().out)
+    for color, w, b in (("orange", 1.0, 0.0), ("blue", *map(float, printed.groups()))):
+        (line,) = (line for line in texts("line", color) if "loss" in line)
+        shown = numbers(line.partition("y = ")[2].replace("− ", "−"))
+        loss = nn.functional.mse_loss(w * x + b, y)
+        assert shown == pytest.approx([w, b, loss.item()], abs=0.00501)
+        ((start, end),) = lines("line", "orange dashed" if color == "orange" else "blue thick")[:1]
+        assert start == place(-1, b - w) and end == place(1, b + w)
+        ((end, point),) = lines("line", f"{color} thick")[-1:]
+        assert [point] == circles("line", color) and point in dots
+        at = (point[0] - 460) / 380
+        assert end == place(at, w * at + b)
+
+
 def test_valley_steps_as_the_optimizer_of_chapter_1_does():
     lines = [line for line in texts("valley") if re.match("steepness|w ← [0-9]", line)]
     assert len(lines) == 4
