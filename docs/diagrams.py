@@ -27,6 +27,7 @@ from drawing import WIDTH, Drawing, Point, column, number, scale
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 hello = importlib.import_module("pytorch-hello")
+fashion = importlib.import_module("fashion-mnist")
 attention = importlib.import_module("attention")
 transformer = importlib.import_module("transformer")
 
@@ -132,6 +133,31 @@ def gelu() -> Drawing:
     d.dot(X(at), Y(lowest), "blue")
     d.text(X(-2.1), Y(0.75), f"lowest: {number(lowest)} at {number(at)}", "blue")
     d.arrow((X(-1.5), Y(0.6)), (X(at) - 8, Y(lowest) - 9), style="blue")
+    return d
+
+
+def minus_log() -> Drawing:
+    """Draw the loss against the probability of the correct class."""
+    d = Drawing("The loss −log p against the probability p of the correct class", 500)
+    X, Y = scale(0, 1, 80, 840), scale(0, 4.5, 420, 20)
+    d.line((X(0), Y(4.5)), (X(0), Y(0)), (X(1), Y(0)))
+    for n in range(5):
+        d.text(64, Y(n), str(n), "soft end")
+    for n in range(6):
+        d.text(X(n / 5), 446, f"{n / 5:g}", "soft")
+    d.text(MIDDLE, 480, "probability p of the correct class")
+    curve = [n / 200 for n in range(3, 201)]  # from a loss of 4.2
+    d.line(*((X(p), Y(-math.log(p))) for p in curve), style="blue thick")
+    d.text(X(0.2), Y(3.7), "loss = −log p", "blue bold start")
+    guess = 1 / len(fashion.CLASSES)
+    d.arrow((X(0.3), Y(-math.log(guess))), (X(guess) + 8, Y(-math.log(guess))), style="orange")
+    d.dot(X(guess), Y(-math.log(guess)), "orange", radius=6)
+    nothing = f"{guess:g} → {-math.log(guess):.2f}: knows nothing, ten classes"
+    d.text(X(0.31), Y(-math.log(guess)), nothing, "orange start")
+    for p in torch.tensor([2.0, 1.0, 0.0]).softmax(dim=0).tolist():  # the table of chapter 2
+        loss = -math.log(p)
+        d.dot(X(p), Y(loss), "blue", radius=6)
+        d.text(X(p) + 14, Y(loss) - 22, f"{p:.3f} → {loss:.2f}", "blue start")
     return d
 
 
@@ -322,6 +348,7 @@ def learning_rate() -> Drawing:
 DIAGRAMS = {
     "line": line,
     "valley": valley,
+    "minus-log": minus_log,
     "gelu": gelu,
     "lookup": lookup,
     "one-word": one_word,

@@ -193,6 +193,20 @@ def test_valley_steps_as_the_optimizer_of_chapter_1_does():
         assert abs(after - 3) < abs(start - 3)  # downhill
 
 
+def test_minus_log_shows_the_table_of_chapter_2():
+    page = (DOCS / "2-fashion-mnist.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:first|second|third) \|.*\| ([0-9.]+) \| ([0-9.]+) \|$", page, re.M)
+    shown = [line.split(" → ") for line in texts("minus-log", "blue") if "→" in line]
+    assert shown == [[*row] for row in rows] and len(rows) == 3
+    assert [numbers(line) for line in texts("minus-log", "orange")] == [[0.1, 2.3]]
+    (curve,) = lines("minus-log", "blue")
+    dots = circles("minus-log", "blue") + circles("minus-log", "orange")
+    for x, y in curve + dots:
+        p, loss = (x - 80) / 760, (420 - y) / 400 * 4.5
+        assert loss == pytest.approx(-math.log(p), abs=0.006)
+    assert [(x - 80) / 760 for x, _ in dots] == pytest.approx([0.665, 0.245, 0.090, 0.1], abs=6e-4)
+
+
 def test_gelu_is_lowest_where_its_derivative_is_0():
     (line,) = (line for line in texts("gelu") if line.startswith("lowest"))
     lowest, at = numbers(line)
