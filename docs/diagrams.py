@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from drawing import WIDTH, Drawing, Point, column, number, scale
 
@@ -158,6 +159,42 @@ def minus_log() -> Drawing:
         loss = -math.log(p)
         d.dot(X(p), Y(loss), "blue", radius=6)
         d.text(X(p) + 14, Y(loss) - 22, f"{p:.3f} → {loss:.2f}", "blue start")
+    return d
+
+
+def one_cycle() -> Drawing:
+    """Draw the schedule of fashion-mnist.py."""
+    d = Drawing("The learning rate rises for a fifth of the steps, then falls to almost 0", 400)
+    args = fashion.make_parser().parse_args(["--device", "cpu"])
+    epochs, highest = args.epochs, args.learning_rate
+    steps = epochs * (59_000 // args.batch_size)
+    optimizer = torch.optim.SGD([torch.zeros(1)], highest)
+    schedule = OneCycleLR(
+        optimizer, highest, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+    )
+    rates = []
+    for _ in range(steps):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    X, Y = scale(0, epochs, 100, 850), scale(0, 0.007, 300, 20)
+    d.line((X(0), Y(0.007)), (X(0), Y(0)), (X(epochs), Y(0)))
+    for epoch in range(0, epochs + 1, 2):
+        d.text(X(epoch), 326, str(epoch), "soft")
+    for rate in (0, 0.002, 0.004, 0.006):
+        d.text(88, Y(rate), f"{rate:g}", "soft end")
+    top = rates.index(max(rates))
+    (start, low), (peak, high), end = (
+        (X(n / steps * epochs), Y(rates[n])) for n in (0, top, steps - 1)
+    )
+    d.line((peak, Y(0)), (peak, high), style="soft dashed")
+    d.line((start, low), (peak, high), end, style="blue thick")
+    d.text(start + 22, low - 4, f"{rates[0]:.5f}", "blue start")
+    d.text(
+        peak + 20, high - 12, f"learning rate {highest:g}, after a fifth of the steps", "blue start"
+    )
+    d.text(end[0], Y(0.0018), "to almost 0", "blue end")
+    d.text(X(epochs / 2), 364, "epoch")
     return d
 
 
@@ -349,6 +386,7 @@ DIAGRAMS = {
     "line": line,
     "valley": valley,
     "minus-log": minus_log,
+    "one-cycle": one_cycle,
     "gelu": gelu,
     "lookup": lookup,
     "one-word": one_word,

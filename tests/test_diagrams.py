@@ -5,7 +5,7 @@ import importlib
 import inspect
 import math
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from unittest.mock import Mock
 from xml.etree import ElementTree
@@ -205,6 +205,35 @@ def test_minus_log_shows_the_table_of_chapter_2():
         p, loss = (x - 80) / 760, (420 - y) / 400 * 4.5
         assert loss == pytest.approx(-math.log(p), abs=0.006)
     assert [(x - 80) / 760 for x, _ in dots] == pytest.approx([0.665, 0.245, 0.090, 0.1], abs=6e-4)
+
+
+def test_one_cycle_is_the_schedule_of_the_training(monkeypatch):
+    fashion = importlib.import_module("fashion-mnist")
+    rates = []
+
+    def train_epoch(model, split, optimizer, schedule, batch_size):
+        for _ in range(len(split[0]) // batch_size):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return 0.0
+
+    monkeypatch.setattr(fashion, "train_epoch", train_epoch)
+    monkeypatch.setattr(fashion, "evaluate", lambda *_: (0.0, 0.0))
+    args = fashion.make_parser().parse_args(["--device", "cpu"])
+    split = torch.zeros(59_000, 1), torch.zeros(59_000)
+    settings = args.epochs, args.batch_size, args.learning_rate
+    assert len([*fashion.fit(nn.Linear(1, 1), split, split, *settings)]) == args.epochs == 16
+    (curve,) = lines("one-cycle", "blue thick")
+    corners = [((x - 100) / 750 * len(rates), (300 - y) / 280 * 0.007) for x, y in curve]
+    for (start, low), (end, high) in pairwise(corners):
+        for n in range(round(start), round(end) + 1):
+            rate = low + (high - low) * (n - start) / (end - start)
+            assert rates[n] == pytest.approx(rate, abs=1.5e-5)  # half a pixel
+    assert [round(n) for n, _ in corners][::2] == [0, len(rates) - 1]
+    first, highest = (numbers(line)[0] for line in texts("one-cycle", "blue start"))
+    assert [first, highest] == pytest.approx([rates[0], max(rates)], abs=2e-6)
+    assert rates.index(max(rates)) == pytest.approx(len(rates) / 5, abs=1)
 
 
 def test_gelu_is_lowest_where_its_derivative_is_0():
