@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from drawing import WIDTH, Drawing, Point, column, number, scale
@@ -110,6 +110,35 @@ def valley() -> Drawing:
         d.text(center, 470, f"steepness {number(slope, 'g')}", f"{color} bold")
         d.text(center, 502, f"w ← {start:g} − {rate} · {factor} = {after.item():g}")
         d.text(center, 534, f"a step to the {side}, downhill")
+    return d
+
+
+def norms() -> Drawing:
+    """Draw a table, normalized by columns and by rows."""
+    d = Drawing("Batch norm brings each column of a table to mean 0, layer norm each row", 520)
+    table = torch.tensor([[1.0, 2, 3, 6], [2, 5, 1, 4], [3, 0, 4, 1], [6, 3, 2, 5]])
+    mean, variance = table[0].mean().item(), table[0].var(correction=0).item()
+    step = f"minus {mean:g}, divided by √{variance:g}"  # in the first row as in the first column
+    wide, high = 80, 38
+    for left, name, where, norm, kind, rows, columns in (
+        (90, "batch norm", "each column", nn.BatchNorm1d(4), "image", 4, 1),
+        (530, "layer norm", "each row", nn.LayerNorm(4), "position", 1, 4),
+    ):
+        d.text(left + 2 * wide, 26, f"{name}: {where}", "bold")
+        d.text(left - 14, 70, kind, "soft end")
+        d.text(left + 2 * wide, 70, "features", "soft")
+        for top, numbers, form in ((92, table, "g"), (324, norm(table), ".2f")):
+            w, h = columns * wide, rows * high
+            d.box(left + w / 2, top + h / 2, w, h, style="blue tint")
+            for i, each in enumerate(numbers.tolist()):
+                y = top + high * (i + 0.5)
+                d.text(left - 14, y, str(i + 1), "soft end")
+                for j, value in enumerate(each):
+                    style = "blue" if i < rows and j < columns else ""
+                    d.text(left + wide * (j + 0.5), y, number(value, form), style)
+        d.arrow((left + wide / 2, 256), (left + wide / 2, 312), style="blue")
+        d.text(left + wide / 2 + 16, 284, step, "blue start")
+        d.text(left + 2 * wide, 500, f"mean 0 in {where}")
     return d
 
 
@@ -387,6 +416,7 @@ DIAGRAMS = {
     "valley": valley,
     "minus-log": minus_log,
     "one-cycle": one_cycle,
+    "norms": norms,
     "gelu": gelu,
     "lookup": lookup,
     "one-word": one_word,

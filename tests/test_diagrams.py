@@ -236,6 +236,22 @@ def test_one_cycle_is_the_schedule_of_the_training(monkeypatch):
     assert rates.index(max(rates)) == pytest.approx(len(rates) / 5, abs=1)
 
 
+def test_norms_shows_what_both_layers_do():
+    shown = [numbers(line) for line in texts("norms") if NUMBER.fullmatch(line)]
+    found = torch.tensor(shown).view(4, 4, 5)  # each row begins with its number
+    assert torch.equal(found[:, :, 0], torch.arange(1.0, 5).expand(4, 4))
+    table, by_column, same, by_row = found[:, :, 1:]
+    assert torch.equal(table, same)
+    assert table[:, 0].tolist() == table[0].tolist() == [1, 2, 3, 6]
+    batch_norm, layer_norm = nn.functional.batch_norm, nn.functional.layer_norm
+    wanted = batch_norm(table, None, None, training=True), layer_norm(table, (4,))
+    torch.testing.assert_close((by_column, by_row), wanted, atol=0.00501, rtol=0)
+    outlined = [*by_column[:, 0].tolist(), *by_row[0].tolist()]
+    assert outlined == pytest.approx([-1.07, -0.53, 0, 1.6] * 2)
+    steps = [numbers(line) for line in texts("norms", "blue") if line.startswith("minus")]
+    assert steps == [[table[0].mean(), table[0].var(correction=0)]] * 2
+
+
 def test_gelu_is_lowest_where_its_derivative_is_0():
     (line,) = (line for line in texts("gelu") if line.startswith("lowest"))
     lowest, at = numbers(line)
