@@ -411,6 +411,44 @@ def learning_rate() -> Drawing:
     return d
 
 
+def shapes() -> Drawing:
+    """Draw all matrices of a head, each as large as its shape."""
+    d = Drawing("From x to the output of attention: all matrices with their shapes", 640)
+    T, size, d_k, side = 5, 6, 4, 20
+    head = attention.SelfAttention(size, d_k)
+    x = torch.zeros(T, size)
+    Q, K, V = head.W_q(x), head.W_k(x), head.W_v(x)
+    output, weights = head(x)
+
+    def matrix(left: float, top: float, m: Tensor, name: str, letters: str, style: str) -> None:
+        rows, columns = m.shape
+        d.cells(left, top, side, side, torch.full((rows, columns), 0.25), style)
+        d.grid(left, top, side, rows, columns)
+        d.text(left + columns * side + 12, top + rows * side / 2, f"{name}\n({letters})", "start")
+
+    matrix(40, 160, x, "x", "T, d", "ink")
+    for left, W, m, name, style in (
+        (270, head.W_q, Q, "q", "blue"),
+        (470, head.W_k, K, "k", "orange"),
+        (670, head.W_v, V, "v", "green"),
+    ):
+        matrix(left, 20, W.weight.T, f"W_{name}", "d, d_k", style)
+        matrix(left, 160, m, name.upper(), "T, d_k", style)
+    matrix(40, 460, Q, "Q", "T, d_k", "blue")
+    matrix(250, 360, K.T, "Kᵀ", "d_k, T", "orange")
+    matrix(250, 460, Q @ K.T, "QKᵀ", "T, T", "ink")
+    matrix(460, 460, weights, "weights", "T, T", "ink")
+    matrix(690, 340, V, "V", "T, d_k", "green")
+    matrix(690, 460, output, "output", "T, d_k", "green")
+    d.text(40, 80, "x times the\nmatrix above:\nQ, K and V", "soft start")
+    d.text(40, 400, "Q times Kᵀ:\nall dot products", "soft start")
+    d.text(490, 400, "weights times V:\nthe output", "soft start")
+    d.text(MIDDLE, 302, f"here T = {T} words, d = {size}, d_k = {d_k}", "bold")
+    d.arrow((300, 566), (300, 596), (510, 596), (510, 566))
+    d.text(405, 620, "divided by √d_k, then the softmax of each row")
+    return d
+
+
 DIAGRAMS = {
     "line": line,
     "valley": valley,
@@ -420,6 +458,7 @@ DIAGRAMS = {
     "gelu": gelu,
     "lookup": lookup,
     "one-word": one_word,
+    "shapes": shapes,
     "positions": positions,
     "masks": masks,
     "beam": beam,

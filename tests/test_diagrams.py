@@ -300,6 +300,28 @@ def test_one_word_is_the_row_of_cat(monkeypatch):
     assert sums == pytest.approx([sum(exponentials), sum(exponentials), 1])
 
 
+def test_shapes_has_the_shapes_of_a_head():
+    (line,) = texts("shapes", "bold")
+    T, d, d_k = map(int, numbers(line))
+    x, head = torch.zeros(T, d), attention.SelfAttention(d, d_k)
+    Q, K, V = head.W_q(x), head.W_k(x), head.W_v(x)
+    output, weights = head(x)
+    W_q, W_k, W_v = (layer.weight.T for layer in (head.W_q, head.W_k, head.W_v))
+    wanted = {"x": x, "W_q": W_q, "Q": Q, "W_k": W_k, "K": K, "W_v": W_v, "V": V}
+    wanted |= {"Kᵀ": K.T, "QKᵀ": Q @ K.T, "weights": weights, "output": output}
+    sizes = {"T": T, "d": d, "d_k": d_k}
+    named = [*pairwise(texts("shapes", "start"))]
+    shapes = [(name, line) for name, line in named if line.startswith("(")]
+    groups = [*root("shapes").iter(f"{SVG}g")]
+    assert len(shapes) == len(groups) and {name for name, _ in shapes} == wanted.keys()
+    for (name, letters), group in zip(shapes, groups, strict=True):
+        rows, columns = (sizes[each] for each in letters.strip("()").split(", "))
+        assert (rows, columns) == wanted[name].shape
+        (path,) = group
+        runs = [f"M{n} 0v{rows}h1V0z" for n in range(columns)]
+        assert path.get("d") == "".join(runs) and "scale(20 20)" in group.get("transform")
+
+
 def test_positions_shows_the_encoding_and_its_products():
     T, d_model = (int(n) for n in numbers(texts("positions", "mono")[0]))
     encoding = attention.positional_encoding(T, d_model)
