@@ -55,6 +55,7 @@ bench: $(VENV_READY)
 
 docs: demo
 	$(POETRY) run docs/diagrams.py
+	$(POETRY) run docs/overfitting.py --out docs/overfitting.png
 	$(POETRY) run docs/changes.py
 	$(POETRY) run benchmarks/attention.py
 	cp runs/demo/fashion-mnist/history.png docs/history.png
