@@ -177,8 +177,8 @@ def compare_training(
 def main() -> None:
     """Print the table."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    folder, train, test, _ = fashion.find_data()
-    print(f"{len(train[1]):,} pictures from {folder}, PyTorch {torch.__version__} on {device},")
+    source, train, test = fashion.open_data(None)
+    print(f"{len(train[1]):,} images from {source}, PyTorch {torch.__version__} on {device},")
     print(f"{torch.get_num_threads()} threads; seconds an epoch, medians of {ROUNDS}.\n")
     print("what         batch  DataLoader     ours   ratio  products  products/ours  accuracies")
     with tempfile.TemporaryDirectory() as root:
