@@ -415,14 +415,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("argument --steps: must be between 1 and 100,000")
     if not 0 <= args.seed < 2**63:
         parser.error("argument --seed: must be between 0 and 2**63 - 1")
+    if not str(args.out).isprintable():  # it is printed below
+        parser.error("argument --out: must be a name that can be printed")
     torch.manual_seed(args.seed)
-    show_walk(args.explain or SENTENCE.split())
-    if args.explain:
-        return 0
-    show_scaling()
-    show_masks()
-    print(end="", flush=True)  # one can read while it trains
     try:
+        show_walk(args.explain or SENTENCE.split())
+        if args.explain:
+            return 0
+        show_scaling()
+        show_masks()
+        print(end="", flush=True)  # one can read while it trains
         args.out.mkdir(parents=True, exist_ok=True)
         results, model = compare(args.steps, args.device)
         digits, _ = sample_sequences(1000, unseen=True)
@@ -430,11 +432,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = "".join(map(str, digits[0].tolist()))
         metrics = {"settings": vars(args), "torch": torch.__version__, "results": results}
         save(model, draw_heads(weights[0], names, names), metrics, args.out)
+        show_heads(results, names, weights)
+        print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s", flush=True)
     except (OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    show_heads(results, names, weights)
-    print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
     return 0
 
 

@@ -21,7 +21,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from unicodedata import category
 
 import numpy as np
 import safetensors.torch
@@ -51,6 +50,7 @@ def read_idx(path: Path) -> Tensor:
     zipped = path.with_name(path.name + ".gz")
     if not (path.is_file() or zipped.is_file()):
         raise FileNotFoundError(f"{path.parent} needs a file {path.name} or {zipped.name}")
+    # Where both are there, as torchvision leaves them, the plain one is read.
     found = path if path.is_file() else zipped
     try:
         with gzip.open(found) if found == zipped else found.open("rb") as file:
@@ -89,7 +89,7 @@ def open_data(folder: Path | None) -> tuple[str, Split, Split]:
         if not SAMPLE.is_dir():
             message = "can't download the data, and the sample is only in the repository; --data"
             raise OSError(f"{message} takes a folder of the four files") from error
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
     source = f"{SAMPLE}, one sixth of all; pass --data, or go online ({reason})"
     return source, load(SAMPLE, "train"), load(SAMPLE, "t10k")
 
@@ -306,8 +306,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def load_model(path: Path) -> Classifier:
     """Read a saved network. Raises OSError if the file holds something else."""
-    if not path.exists():
-        raise OSError(f"there is no {path} yet; train one first")
+    if not path.is_file():  # a pipe would be waited for
+        raise OSError(f"there is no file {path} yet; train one first")
     model = Classifier()
     try:
         model.load_state_dict(safetensors.torch.load(path.read_bytes()))
@@ -322,12 +322,13 @@ def print_photos(model: nn.Module, photos: Sequence[Path]) -> int:
     """Show what the network sees of each photo and predicts; return 1 if one fails, else 0."""
     try:
         from inputs.photo import open_photo, prepare, show_image
+        from running.shell import printable
     except ModuleNotFoundError as error:
-        needs = "the folder inputs/ beside this script, and OpenCV"
+        needs = "the folders inputs/ and running/ beside this script, and OpenCV"
         raise OSError(f"--predict needs {needs}: {error}") from error
     status = 0
     for photo in photos:
-        name = "".join("?" if category(c) in ("Cc", "Cf", "Cs") else c for c in str(photo))
+        name = printable(photo)
         try:
             image = prepare(open_photo(photo))
         except Exception as error:  # Pillow's decoders fail in many ways on a broken file
@@ -364,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     parser = make_parser()
     args = parser.parse_args(argv)
+    if not f"{args.data}{args.out}".isprintable():  # they are printed below
+        parser.error("arguments --data and --out: must be names that can be printed")
     torch.manual_seed(args.seed)
     try:
         if args.predict:
@@ -384,11 +387,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = vars(args) | {"data": source, "torch": torch.__version__}
         metrics = {"settings": settings, "test": accuracy, "epochs": numbers}
         (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
+        print(f"\nTest: {accuracy:.2%} of {len(test[0]):,} images\n")
+        print(f"Saved in {args.out} after {time.perf_counter() - started:.1f} s", flush=True)
     except (OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    print(f"\nTest: {accuracy:.2%} of {len(test[0]):,} images")
-    print(f"\nSaved in {args.out} after {time.perf_counter() - started:.1f} s")
     return 0
 
 

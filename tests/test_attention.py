@@ -1,6 +1,8 @@
 import json
 import math
 import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -419,6 +421,10 @@ def test_a_label_has_its_width(name, text):
     assert A.label(name, 6) == text
 
 
+def test_a_joiner_stays_in_its_word():
+    assert A.split_words("a\u200cb \u202ec\u00add") == ["a\u200cb", "?c?d"]
+
+
 def test_an_accent_makes_the_same_word_however_it_is_typed(capsys):
     assert A.main(["--explain", "e\u0301 \u00e9"]) == 0
     first, second = capsys.readouterr().out.split("\n\n")[0].strip().split("\n")[3:]
@@ -509,6 +515,7 @@ def test_explain_only_walks(tmp_path, capsys):
         ("--seed", str(2**63)),
         ("--explain", " \t\n"),
         ("--explain", "word " * (A.MAX_WORDS + 1)),
+        ("--out", "\x1b[31mred"),
         ("--device", "abacus"),
         ("--device", "hpu"),
     ],
@@ -523,11 +530,19 @@ def test_a_value_that_makes_no_sense_is_refused(option, value, capsys):
 
 
 def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path, capsys):
-    (tmp_path / "\x1b[31mred").write_text("")
-    assert A.main(["--out", str(tmp_path / "\x1b[31mred/out")]) == 1
+    (tmp_path / "file").write_text("")
+    assert A.main(["--out", str(tmp_path / "file/out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "Not a directory" in line
-    assert "\x1b" not in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_leaves_no_traceback(monkeypatch, tmp_path, capsys):
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        status = A.main(["--steps", "1", "--out", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (status, "No space left on device" in line) == (1, True)
 
 
 def test_a_loss_that_is_no_number_ends_in_one_line_and_saves_nothing(monkeypatch, tmp_path, capsys):
