@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,9 +108,14 @@ def prepare(folder, cache, languages=BOTH, vocab_size=320):
     return C.prepare_corpus(folder, languages, vocab_size, cache)
 
 
-def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(text_folder, tmp_path):
+def test_plain_and_gzipped_text_is_encoded_once_and_found_by_its_content(
+    text_folder, tmp_path, monkeypatch
+):
     cache = tmp_path / "cache"
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
     path, count = prepare(text_folder, cache)
+    assert len(flushed) == len([*path.iterdir()])  # each file, lest a power cut leaves it empty
     assert count == {"train": 30 * len(SENTENCES), "val": 2}
     assert {p.name for p in path.iterdir()} == {
         "sums.json", "tokenizer.json", "train.tokens", "train.offsets", "val.tokens", "val.offsets",
@@ -159,6 +165,25 @@ def test_a_broken_encoding_is_named(text_folder, tmp_path, name, size):
     (path / name).write_bytes((path / name).read_bytes()[:size])
     with pytest.raises(OSError, match=re.escape(str(path))):
         C.open_corpus(path / name.partition(".")[0])
+
+
+def test_offsets_that_fall_are_refused(tmp_path):
+    np.arange(9, dtype=np.int32).tofile(tmp_path / "some.tokens")
+    np.array([0, 7, 3, 8, 9]).tofile(tmp_path / "some.offsets")
+    with pytest.raises(OSError, match=r"some\.tokens is broken"):
+        C.open_corpus(tmp_path / "some")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LONGEST", 4000), ("UNBROKEN", re.compile("x")), ("SAMPLE", 50), ("VERSION", "0.0")],
+)
+def test_text_that_would_be_encoded_otherwise_is_encoded_anew(
+    text_folder, tmp_path, monkeypatch, name, value
+):
+    before, _ = prepare(text_folder, tmp_path / "cache")
+    monkeypatch.setattr(C, name, value)
+    assert prepare(text_folder, tmp_path / "cache")[0] != before
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "val.offsets", "tokenizer.json", "sums.json"])
@@ -234,9 +259,10 @@ def shorten(path):
         ),
         ("val.en", lambda path: path.unlink() or os.mkfifo(path), "val.en is not a plain file"),
         ("val.en", lambda path: path.write_text(LFS), "val.en is only a pointer of Git LFS"),
+        ("train.en.gz", lambda path: path.write_text(LFS), "train.en.gz is only a pointer of Git"),
         ("val.en", lambda path: path.write_text("one\n"), "val.de and val.en have 2 and 1 lines"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_broken_text_is_named(text_folder, tmp_path, name, spoil, message):
     spoil(text_folder / name)
@@ -260,8 +286,12 @@ def test_a_split_without_sentences_is_refused(text_folder, tmp_path, split, cont
 def test_a_test_without_sentences_is_named(text_folder):
     assert [*C.read_tests(text_folder, BOTH)] == ["test.more", "test2016"]
     for language in BOTH:
-        (text_folder / f"test2016.{language}").write_text("\n \n")
+        (text_folder / f"test2016.{language}").write_text("\n \n\u200b\n", encoding="utf-8")
     with pytest.raises(OSError, match=r"needs sentences in test2016\.de and test2016\.en"):
+        C.read_tests(text_folder, BOTH)
+    for language in BOTH:
+        (text_folder / f"test2016.{language}").write_bytes(b"a\rb\r")
+    with pytest.raises(OSError, match=r"test2016\.de: its lines end in carriage returns"):
         C.read_tests(text_folder, BOTH)
     for path in text_folder.glob("test*"):
         path.unlink()

@@ -68,8 +68,10 @@ def test_a_language_may_be_written_with_a_hyphen():
     assert sample("val", 20, ("pt-BR", "en")) == sample("val", 20, ("pt_BR", "en"))
 
 
-def test_phrases_of_another_babel_are_made_anew(monkeypatch):
+def test_phrases_of_another_babel_or_number_are_made_anew(monkeypatch):
     name = P.phrases_name(BOTH)
     assert name == P.phrases_name(BOTH) != P.phrases_name(("de", "fr"))
     monkeypatch.setattr(P.babel, "__version__", "0.0")
-    assert P.phrases_name(BOTH) != name
+    other = P.phrases_name(BOTH)
+    monkeypatch.setattr(P, "COUNTS", {"train": 30})
+    assert len({name, other, P.phrases_name(BOTH)}) == 3

@@ -13,7 +13,6 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -37,11 +36,10 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a plain file")
     try:
-        with gzip.open(path) if path == zipped else path.open("rb") as opened:
-            file = cast(BufferedReader, opened)
+        with path.open("rb") as file:
             if file.peek(len(POINTER)).startswith(POINTER):
                 raise OSError(f"{path} is only a pointer of Git LFS: run git lfs pull")
-            yield file
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path == zipped else file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OSError(f"{path} is broken: {error}") from error
 
@@ -49,7 +47,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 def decode_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """Decode lines, with composed accents (NFC); a line is cut off after 4 * LONGEST bytes.
 
-    Raises OSError if one isn't UTF-8.
+    Raises OSError if one isn't UTF-8, or if there are carriage returns in place of line feeds.
     """
     for number in count(1):
         line = file.readline(4 * LONGEST)
@@ -58,6 +56,8 @@ def decode_lines(file: BinaryIO, name: str) -> Iterator[str]:
         rest = line
         while rest and not rest.endswith(b"\n"):
             rest = file.readline(4 * LONGEST)
+        if number == 1 and b"\r" in line and not rest.endswith(b"\n"):
+            raise OSError(f"{name}: its lines end in carriage returns; use line feeds")
         # A character cut in two is ignored: its line is too long anyway.
         errors = "strict" if len(line) < 4 * LONGEST else "ignore"
         try:
