@@ -84,6 +84,15 @@ def test_a_closed_pipe_ends_it_quietly(lines, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_ends_it_in_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as stdout:  # and closes it, as Python does at its exit
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(lambda: print("a line") or 0) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+
+
 @pytest.mark.parametrize("stdout", [None, io.StringIO()])
 def test_a_closed_stdout_and_a_notebooks_are_no_error(stdout, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -239,6 +248,23 @@ def test_a_file_that_is_no_such_network_is_refused_in_one_line(saved, spoil, mes
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_flipped_bit_of_a_saved_network_is_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    shell.save_weights(path, nn.Linear(3, 1), {"size": "3"})
+    shell.open_weights(path, make)
+    content = path.read_bytes()
+    for place in range(len(content) - 16, len(content)):  # its four numbers
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(OSError, match="its checksum is wrong"):
+            shell.open_weights(path, make)
+
+
+def test_a_pipe_is_no_network_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a plain file"):
+        shell.open_weights(tmp_path / "pipe", make)
 
 
 # The scripts
