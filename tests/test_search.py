@@ -155,6 +155,14 @@ def test_a_beam_wider_than_the_vocabulary_is_searched(searched):
     assert [tuple(ids) for ids in found] == [plain_search(model, s, 20, 1.0)[0] for s in source[:2]]
 
 
+@pytest.mark.parametrize("value", [1e38, math.inf, math.nan])
+def test_a_network_that_computes_no_numbers_is_refused(value):
+    model = PreNormTransformer(12, Sizes(16, 2, 1, 32))
+    nn.init.constant_(model.encoder[0].feed_forward[0].weight, value)
+    with pytest.raises(FloatingPointError, match="computes no numbers"):
+        S.beam_search(model, draw([3, 1], vocab_size=12), beam=2)
+
+
 def test_translate_keeps_order_and_says_what_it_leaves_out(words):
     torch.manual_seed(0)
     sides = [[words.encode(text).ids for text in pair] for pair in SENTENCES]

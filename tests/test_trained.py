@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -105,6 +106,8 @@ def test_the_losses_of_all_runs_are_read(tmp_path):
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(content)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/metrics.json")  # which is not waited for
     assert trained.read_losses(tmp_path) == {
         "transformer": {"training_loss": [1.5, 0.9]},
         "translation": {"training_loss": [2.5, 2.5], "validation_loss": [2.0, 2.0]},
@@ -128,3 +131,7 @@ def test_a_photo_is_seen_and_classified(tmp_path):
     assert [*probabilities] == [*script.CLASSES] and [*probabilities.values()] == expected
     with pytest.raises(ValueError, match="not a photo of a garment"):
         trained.classify(b"GIF89a", path)
+    model.layers[1].weight.data.fill_(1e38)
+    trained.save(path, model)
+    with pytest.raises(OSError, match="computes no numbers"):
+        trained.classify((tmp_path / "photo.png").read_bytes(), path)

@@ -137,6 +137,8 @@ def search(decode: Decode, source: Tensor, beam: int, alpha: float) -> list[list
         # No continuation can be better: log P only falls, and penalty[limit] is the largest.
         if ((best_score >= score[:, 0] / penalty[limit]) | (length >= limit)).all():
             break
+    if score.isnan().any():
+        raise FloatingPointError("the network computes no numbers; train it again")
     return [[i for i in ids if i != PAD] for ids in found.tolist()]
 
 

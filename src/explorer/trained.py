@@ -88,7 +88,7 @@ def open_first(
 def read_losses(runs: Path) -> dict[str, dict[str, list[float]]]:
     """Return the losses by epoch of all runs, by the names of their folders."""
     losses = {}
-    for path in sorted(runs.glob("*/metrics.json")):
+    for path in sorted(filter(Path.is_file, runs.glob("*/metrics.json"))):
         try:
             rows = json.loads(path.read_text())["epochs"]
             if isinstance(rows[0], dict):
@@ -106,7 +106,8 @@ def read_losses(runs: Path) -> dict[str, dict[str, list[float]]]:
 def classify(content: bytes, path: Path) -> tuple[Tensor, dict[str, float]]:
     """Return what the network in `path` sees of a photo, (28, 28), and its probabilities by class.
 
-    Raises OSError if there is no network, and ValueError if there is no garment in the photo.
+    Raises OSError if there is no network, or one that computes no numbers, and ValueError if there
+    is no garment in the photo.
     """
     script = importlib.import_module("fashion-mnist")
     model = script.load_model(path)
@@ -120,6 +121,8 @@ def classify(content: bytes, path: Path) -> tuple[Tensor, dict[str, float]]:
                 f"This is not a photo of a garment: {error}".partition("\n")[0]
             ) from error
     probabilities = script.predict(model, image.unsqueeze(0)).softmax(dim=1)[0]
+    if not probabilities.isfinite().all():
+        raise OSError(f"{path}: a network that computes no numbers; train it again")
     return image, dict(zip(script.CLASSES, probabilities.tolist(), strict=True))
 
 
