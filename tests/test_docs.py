@@ -239,4 +239,4 @@ def test_transformer_prints_lines_of_its_chapters_kind(capsys, tmp_path, monkeyp
 def test_a_clone_has_line_feeds_wherever_it_is_made():
     attributes = (ROOT / ".gitattributes").read_text(encoding="utf-8")
     assert attributes.startswith("* text=auto eol=lf\n")
-    assert not any("\r" in source for source in SCRIPTS.values())
+    assert not any(b"\r" in path.read_bytes() for path in (ROOT / "src").rglob("*.py"))

@@ -472,6 +472,25 @@ def test_nothing_is_checked_before_it_is_started(command, run):
     assert re.fullmatch(r".*: start one first: poetry run src/practice.py start loop\n", out)
 
 
+def test_a_mistake_is_planted_in_a_clone_with_carriage_returns(run, place):
+    task = TASKS["bug-7"]  # of two lines
+    path = place / "src" / task.script
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    run("start", task.name)
+    assert task.new in (place / "practice" / task.script).read_text(encoding="utf-8")
+
+
+def test_a_pipe_is_no_copy_and_is_not_waited_for(run, place):
+    run("start", "mask")
+    (place / "practice/attention.py").unlink()
+    os.mkfifo(place / "practice/attention.py")
+    status, out = run("check")
+    assert (status, out.count("\n"), "not a plain file" in out) == (1, 1, True)
+    (place / "practice/state.json").unlink()
+    os.mkfifo(place / "practice/state.json")
+    assert run()[0] == 0
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"x": 1}', "[]"])
 def test_a_broken_state_is_named(content, run, place):
     (place / "practice").mkdir()

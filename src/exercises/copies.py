@@ -40,9 +40,9 @@ class State:
 
 
 def read(path: Path) -> str:
-    """Read a script with its line endings unchanged. Raises OSError if it isn't valid Python."""
+    """Read a script; its lines end in line feeds. Raises OSError if it isn't valid Python."""
     try:
-        source = path.read_bytes().decode()
+        source = path.read_text(encoding="utf-8")
         compile(source, path.name, "exec")
     except (SyntaxError, ValueError) as error:
         raise OSError(f"fix this first: {path}: {error}") from error
@@ -61,7 +61,7 @@ def read_state() -> State:
     """Read the file that `write_state` wrote. Raises OSError if it is broken."""
     path = PRACTICE / "state.json"
     try:
-        return State(**json.loads(path.read_bytes())) if path.exists() else State()
+        return State(**json.loads(path.read_bytes())) if path.is_file() else State()
     except (TypeError, ValueError) as error:
         raise OSError(f"{path} is broken; delete it to start over") from error
 
@@ -140,6 +140,8 @@ def refresh(state: State, tasks: dict[str, Task]) -> None:
         move_in(state, tasks)
     for name in scripts(tasks):
         path = PRACTICE / name
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(f"{path} is not a plain file")
         source = read(SOURCES / name)
         now = digest(SOURCES / name)
         before = state.hashes.get(name)
