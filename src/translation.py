@@ -36,6 +36,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEUScore
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -220,6 +221,7 @@ def average_weights(model: Transformer, epoch: int, count: int, folder: Path) ->
     last = range(max(1, epoch - count + 1), epoch + 1)
     paths = [folder / f"weights-{n % count}.safetensors" for n in last]
     paths[-1].unlink(missing_ok=True)  # if the write fails, no old epoch's may remain
+    clear_parts(paths[-1])
     save_weights(paths[-1], model, {})
     with refusing(folder, "the weights of the last epochs can't be averaged"):
         states = [read_weights(path)[0] for path in paths]
@@ -568,8 +570,11 @@ def score(pairs: Sequence[Pair], found: Sequence[str], language: str) -> dict[st
     exact = [target == text for target, text in zip(targets, found, strict=True)]
     scores = {"exactly": 100 * sum(exact) / len(exact)}
     for metric in (BLEU(tokenize=words), BLEU(tokenize=words, lowercase=True), CHRF()):
-        value = metric.corpus_score(found, [targets]).score
-        scores[f"{type(metric).__name__}  {metric.get_signature()}"] = value
+        result = metric.corpus_score(found, [targets])
+        name = f"{type(metric).__name__}  {metric.get_signature()}"
+        if isinstance(result, BLEUScore) and not result.totals[-1]:
+            name += "  (which is 0 if no translation has four words)"
+        scores[name] = result.score
     return scores
 
 

@@ -41,7 +41,7 @@ from conftest import (
     save_text,
 )
 from inputs.pairs import make_batches, open_corpus
-from inputs.text import BOS, EOS
+from inputs.text import BOS, EOS, make_tokenizer
 from running import processes, shell
 from transformer import Sizes, Transformer, learning_rate
 from translation import PreNormTransformer
@@ -137,6 +137,16 @@ def with_settings(**changes):
     return spoil
 
 
+def with_sparse_tokens(content):
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tokenizer = json.loads(header["tokenizer"])
+    tokenizer["added_tokens"] = []
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: 7 * i for token, i in vocabulary.items()}
+    header["tokenizer"] = json.dumps(tokenizer)
+    return safetensors.torch.save(safetensors.torch.load(content), header)
+
+
 def with_a_nan(content):
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     weights = safetensors.torch.load(content)
@@ -159,8 +169,9 @@ def with_a_nan(content):
         (with_settings(d_model="16"), ""),
         (with_settings(kernel=3), ""),
         (with_a_nan, "not finite"),
+        (with_sparse_tokens, "numbered from 0"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_a_model_that_is_none_is_refused_with_a_reason(saved, tmp_path, spoil, message):
     path = tmp_path / "model.safetensors"
@@ -396,6 +407,7 @@ def test_without_averaging_the_rate_falls_to_0_and_with_it_it_does_not():
 def test_the_last_epochs_are_averaged(tmp_path):
     settings = dataclasses.replace(SMALL, average=3)
     run, states = start_run(make(), settings), []
+    (tmp_path / ".weights-1.safetensors.4711.part").write_bytes(b"left by a killed process")
     for epoch in range(1, 6):
         run.progress.epoch = epoch
         nn.init.normal_(run.model.embedding.weight)
@@ -405,6 +417,11 @@ def test_the_last_epochs_are_averaged(tmp_path):
         torch.testing.assert_close(averaged.embedding.weight.data, expected)
         assert torch.equal(run.model.embedding.weight, states[-1])
     assert len(list(tmp_path.iterdir())) == 3
+    path = tmp_path / "weights-1.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OSError, match="its checksum is wrong"):
+        T.average_weights(run.model, 6, 3, tmp_path)
 
 
 # Files
@@ -644,7 +661,8 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     for language, lines in (("de", "\nein hund\n\nein\n"), ("en", f"a dog\n\n\n{'x ' * 300}\n")):
         with gzip.open(text_folder / f"train.{language}.gz", "at") as file:
             file.write(lines)
-    for name, text in (("val.de", "$a$ $"), ("val.en", "a $"), ("test.more.de", "")):
+    long = "x " * 300
+    for name, text in (("val.de", f"{long}\n$a$ $"), ("val.en", "x\na $"), ("test.more.de", "")):
         path = text_folder / name
         path.write_text(f"{text}\n{path.read_text()}")
     path = text_folder / "test.more.en"
@@ -658,9 +676,10 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     lines = done.stdout.split("\n")
     assert lines[0] == "4 pairs of train are left out: empty, or too long"
     parameters = sum(x.numel() for x in load(out).values())
-    assert lines[1] == f"{parameters:,} parameters on cpu, 120 pairs per epoch"
+    assert lines[1] == "1 pairs of val are left out: empty, or too long"
+    assert lines[2] == f"{parameters:,} parameters on cpu, 120 pairs per epoch"
     metrics = json.loads((out / "metrics.json").read_text())
-    for line, row in zip(lines[4:], metrics["epochs"], strict=False):
+    for line, row in zip(lines[5:], metrics["epochs"], strict=False):
         assert line == "{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*row.values())
     assert len(metrics["epochs"]) == 8
     assert list(metrics["test"]) == ["beam", "test.more", "test2016"]
@@ -713,8 +732,20 @@ def test_words_are_counted_as_the_language_has_them(language, words):
     assert (found[bleu] > 50) == (words != "13a")
 
 
-def test_pieces_in_any_script_are_drawn_without_a_warning(words):
+def test_a_bleu_of_0_for_want_of_long_lines_is_explained():
+    short = T.score([("x", "a b c"), ("y", "d")], ["a b c", "d"], "en")
+    long = T.score([("x", "a b c"), ("y", "d e f g")], ["a b c", "d e f g"], "en")
+    hints = [
+        [name for name in found if "no translation has four words" in name]
+        for found in (short, long)
+    ]
+    assert [[short[name] for name in hints[0]], hints[1]] == [[0.0, 0.0], []]
+
+
+def test_pieces_in_any_script_are_drawn_without_a_warning():
     pair = ("日本語 한국어 हिन्दी $x$", "ein hund")
+    words = make_tokenizer([*pair] * 9, 320)
+    assert "日本語" in [words.decode([i]) for i in words.encode(pair[0]).ids]  # not single bytes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert T.draw_attention(T.make_model(SMALL, words), words, pair).startswith(b"\x89PNG")
@@ -729,15 +760,16 @@ def test_what_the_test_hides_is_said(trained, tmp_path, capsys):
         file.write(f"{'x ' * 300}\nneu\n")
     with (data / "test.en").open("a") as file:
         file.write("long\nnew\n")
-    assert run_main("--data", data, "--out", tmp_path / "out", *RUN) == 0
+    assert run_main("--data", data, "--out", tmp_path / "\x1b[31mout", *RUN) == 0
     printed = capsys.readouterr()
+    assert f"\nSaved in {tmp_path}/?[31mout after " in printed.out
     assert "test: 6 sentences\n1 of them are longer than 256 tokens" in printed.out
     assert "\n4 of their sources stand in the training text, too\n" in printed.out
     assert printed.err == "test2 is left out: it has only one side\n"
 
 
 def test_a_run_that_begins_anew_sets_old_results_aside(trained, tmp_path, capsys):
-    for name in ("checkpoint.pt", "model.safetensors", "metrics.json"):
+    for name in results(trained[1]):
         (tmp_path / name).write_bytes((trained[1] / name).read_bytes())
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patched:
@@ -747,6 +779,8 @@ def test_a_run_that_begins_anew_sets_old_results_aside(trained, tmp_path, capsys
         with pytest.raises(ZeroDivisionError):
             run_main("--data", trained[0], "--out", tmp_path, *RUN, "--restart")
     capsys.readouterr()
+    assert results(tmp_path) == {"previous"}
+    assert results(tmp_path / "previous") == results(trained[1])
     assert run_main("--out", tmp_path, "--translate", "ein hund") == 1
     assert "train one first" in one_line(capsys)
     assert (tmp_path / "previous/model.safetensors").read_bytes() == before
@@ -781,10 +815,13 @@ def test_what_is_not_utf_8_is_refused_and_not_translated(trained, monkeypatch, c
     _, out = trained
     assert run_main("--out", out, "--translate", "M\udce4rz") == 1
     assert "not UTF-8" in one_line(capsys)
-    stdin = io.TextIOWrapper(io.BytesIO("hund\nMärz\n".encode("latin-1")))
-    monkeypatch.setattr(sys, "stdin", stdin)
-    assert run_main("--out", out, "--translate", "-") == 1
-    assert "standard input, line 2: not UTF-8" in one_line(capsys)
+    for raw, problem in (
+        ("hund\nMärz\n".encode("latin-1"), "standard input, line 2: not UTF-8"),
+        (b"ein hund\rein hut\r", "standard input: its lines end in carriage returns"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert run_main("--out", out, "--translate", "-") == 1
+        assert problem in one_line(capsys)
 
 
 def test_a_line_without_end_takes_no_memory(trained, monkeypatch, capsys):
@@ -1372,7 +1409,10 @@ def test_a_run_touches_no_file_of_others(trained, tmp_path):
     for name in others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
+    part = tmp_path / ".model.safetensors.4711.part"
+    part.write_bytes(b"left by a killed process")
     assert run_main("--data", trained[0], "--out", tmp_path, *RUN) == 0
+    assert not part.exists()
     assert run_main("--data", trained[0], "--out", tmp_path, *RUN, "--restart") == 0
     assert [(tmp_path / name).read_bytes() for name in others] == [b"mine"] * len(others)
 
@@ -1421,9 +1461,10 @@ def test_phrases_are_learned_without_data(run_script, tmp_path, monkeypatch):
     monkeypatch.setattr("inputs.phrases.COUNTS", {"train": 60, "val": 4, "test": 3})
     done = run_script(
         "translation.py", "--out", tmp_path / "out", "--device", "cpu", *TINY, "--epochs", 1,
-        "--from", "fr", "--to", "en",
+        "--from", "fr", "--to", "zh",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "60 pairs per epoch" in done.stdout
+    assert "|tok:zh|" in done.stdout
     assert "\ntest: 3 sentences\n" in done.stdout
-    assert len([*tmp_path.glob("out/phrases-fr-en-*/train.fr")]) == 1
+    assert len([*tmp_path.glob("out/phrases-fr-zh-*/train.fr")]) == 1
