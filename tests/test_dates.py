@@ -143,6 +143,7 @@ OTHER = "The prediction {!r} doesn't fit the numbers of the text."
         ("31 février 2021", "2021-02-31", NO_DATE.format("2021-02-31")),
         ("5 mars 2021", "2021-13-05", NO_DATE.format("2021-13-05")),
         ("5 mars 2021", "2021-3-05", NO_DATE.format("2021-3-05")),
+        ("5 mars 2021", "\x1b[2J", r"The prediction '\x1b[2J' is no date."),
         ("5 mars 2021", "2021-W09-5", NO_DATE.format("2021-W09-5")),
         ("29 feb 2024", "2024-02-29", ""),
         ("5 mars 2021", "2021-03-06", OTHER.format("2021-03-06")),

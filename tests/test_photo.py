@@ -257,6 +257,9 @@ def test_what_shows_no_whole_garment_is_refused(sample, tmp_path):
     for box in ((0, 0, 300, 150), (0, 0, 300, 220), (0, 0, 150, 300), (70, 0, 300, 300)):
         with pytest.raises(ValueError, match="reaches the edge"):
             seen(photo.crop(box), tmp_path)
+    image = ImageOps.invert(Image.fromarray(sample[0][1].numpy())).resize((300, 300))
+    with pytest.raises(ValueError, match="reaches the edge"):  # a whole one, without a margin
+        seen(image.crop(ImageOps.invert(image).getbbox()), tmp_path)
     with pytest.raises(ValueError, match="in a frame"):
         seen(framed(photo, 40, 40, 40, 40, 255), tmp_path)
     with pytest.raises(ValueError, match="more than one garment"):
@@ -332,10 +335,12 @@ def test_a_png_with_a_flipped_byte_is_refused(sample, tmp_path):
 
 
 @pytest.mark.parametrize("exif", [b"nonsense that is no TIFF file", b"II*\0"])
-def test_a_broken_exif_is_passed_over(sample, tmp_path, exif):
-    photo = enlarged(sample[0][1], 200, 200)
-    photo.save(tmp_path / "exif.png", exif=b"Exif\0\0" + exif)
-    assert prepare(open_photo(tmp_path / "exif.png")).equal(seen(photo, tmp_path))
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_broken_exif_is_passed_over(sample, tmp_path, exif, kind):
+    photo = enlarged(sample[0][1], 200, 200).convert("RGB")
+    path = tmp_path / f"exif.{kind}"
+    photo.save(path, exif=b"Exif\0\0" + exif, lossless=True)
+    assert prepare(open_photo(path)).equal(seen(photo, tmp_path))
 
 
 def header(width, height):
@@ -345,9 +350,19 @@ def header(width, height):
     return start + b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xae\x42\x60\x82"
 
 
-@pytest.mark.parametrize("size", [(12_000, 12_000), (100_000, 100_000)])
-def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch, size):
-    (tmp_path / "photo.png").write_bytes(header(*size))
+def webp_header(width, height):
+    """Return a WebP like that."""
+    chunk = b"VP8L\x19\0\0\0\x2f" + struct.pack("<I", width - 1 | height - 1 << 14) + bytes(21)
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize(
+    "content",
+    [header(12_000, 12_000), header(100_000, 100_000), webp_header(12_000, 12_000)],
+    ids=range(3),
+)
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch, content):
+    (tmp_path / "photo.png").write_bytes(content)
     monkeypatch.setattr(Image.Image, "thumbnail", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -382,21 +382,31 @@ def test_it_saves_what_it_prints_and_reads_with_what_it_saved(trained, capsys):
     assert capsys.readouterr() == ("", message)
 
 
-def test_the_same_seed_gives_the_same_weights(trained, short, tmp_path):
+def test_the_same_seed_gives_the_same_weights(trained, short, tmp_path, capsys):
     def weights(seed, folder):
         assert run_main("--epochs", 2, "--seed", seed, "--out", tmp_path / folder) == 0
         return safetensors.torch.load_file(tmp_path / folder / "model.safetensors")
 
     first = safetensors.torch.load_file(trained[0] / "model.safetensors")
-    again, other = weights(0, "again"), weights(1, "other")
+    again, other = weights(0, "\x1b[31magain"), weights(1, "other")
+    assert f"\nSaved in {tmp_path}/?[31magain after " in capsys.readouterr().out
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     assert not torch.equal(other["embedding.weight"], first["embedding.weight"])
 
 
-def test_a_file_with_other_characters_is_refused_in_one_line(trained, tmp_path, capsys):
+@pytest.mark.parametrize("characters", ["abc", "a" * 5_000_000])
+def test_a_file_with_other_characters_is_refused_in_one_line(
+    trained, characters, tmp_path, capsys, monkeypatch
+):
+    class Weightless(T.Transformer):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            assert self.embedding.weight.is_meta  # takes no memory before the sizes are compared
+
+    monkeypatch.setattr(T, "Transformer", Weightless)
     weights = safetensors.torch.load_file(trained[0] / "model.safetensors")
     path = tmp_path / "model.safetensors"
-    path.write_bytes(safetensors.torch.save(weights, {"characters": "abc"}))
+    path.write_bytes(safetensors.torch.save(weights, {"characters": characters}))
     assert run_main("--out", tmp_path, "--read", "12 mars 2021") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line and "other sizes" in line
