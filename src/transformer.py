@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from attention import MultiHeadAttention, causal_mask, draw_heads, padding_mask, positional_encoding
-from decoding.cache import cached
+from decoding.cache import Cache
 from inputs.dates import normalize, sample_dates, share_exact, show_answer, show_test, split_days
 from inputs.text import BOS, EOS, MAX_LENGTH, PAD, Pair
 from running.shell import command, make_parser, number, open_weights, printable, save_weights, write
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         """Return the logits (B, T, V) of the token after each one of the target (B, T).
 
         The target needs no padding mask: padding stands at its end, where the causal mask hides it.
-        With `cached`, pass only the new part of target and memory; the target's begins at `start`.
+        With a `Cache`, pass only the new part of the target, which begins at `start`.
         """
         x = self.embed(target, start)
         mask = causal_mask(start + target.shape[1], target.device)[start:]
@@ -205,13 +205,12 @@ def generate_cached(model: Transformer, source: Tensor, limit: int = 20) -> list
     memory = model.eval().encode(source)
     memory_mask = padding_mask(source, PAD)
     target = torch.full((len(source), 1), BOS, device=source.device)
-    with cached(model):
+    with Cache(model, memory):
         for t in range(limit):
             logits = model.decode(target[:, t:], memory, memory_mask, start=t)  # (B, 1, V)
             target = torch.cat((target, logits.argmax(dim=-1)), dim=1)
             if (target == EOS).any(dim=1).all():
                 break
-            memory = memory[:, :0]  # its keys and values are kept
     return cut_off_ends(target)
 
 

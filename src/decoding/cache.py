@@ -1,39 +1,73 @@
-"""A cache for the keys and values of a decoder that writes token by token.
+"""A cache for the keys and values of a network that writes token by token.
 
-Without it, each step recomputes the keys and values of all earlier tokens. transformer.py and
-search.py write within `with cached(model):`, and pass the decoder only the new tokens.
+Without it, each step computes the keys and values of all earlier tokens again. transformer.py and
+search.py write within `with Cache(model, memory) as cache:`, and pass only the new tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from attention import MultiHeadAttention
 
+@runtime_checkable
+class Attention(Protocol):
+    """What the cache needs of attention: keys and values each come out of one projection.
 
-@contextmanager
-def cached(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
-    """Let the decoder keep its keys and values, so that each step computes only the new ones.
-
-    W_k and W_v of each attention then return the rows (B, S, d_model) of all tokens so far; each
-    call passes only the new ones. Yields these rows for each W.
+    What is done to keys after that, such as rotating them, has to be done to those of all tokens.
     """
-    rows: dict[nn.Module, Tensor] = {}
 
-    def append(W: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        if W not in rows:
-            rows[W] = output
-        elif output.shape[1]:  # the memory is given only once
-            rows[W] = torch.cat((rows[W], output), dim=1)
-        return rows[W]  # the result of a forward hook replaces the output
+    W_k: nn.Module  # (B, T, d_model) -> (B, T, any size)
+    W_v: nn.Module
 
-    decoder = model.get_submodule("decoder")
-    heads = [module for module in decoder.modules() if isinstance(module, MultiHeadAttention)]
-    hooks = [W.register_forward_hook(append) for each in heads for W in (each.W_k, each.W_v)]
-    try:
-        yield rows
-    finally:
-        for hook in hooks:
+
+class Cache:
+    """Lets W_k and W_v of each attention return the rows of all tokens so far, (B, S, size).
+
+    They are then called with new tokens only. Those of the memory, which stays the same, are
+    computed once; it has to be passed to the network as the very tensor that is given here.
+    """
+
+    def __init__(self, model: nn.Module, memory: Tensor | None = None) -> None:
+        self.memory = memory
+        self.length = 0  # tokens so far
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        self.projections = [W for each in attentions for W in (each.W_k, each.W_v)]
+        self.rows: dict[nn.Module, Tensor] = {}  # of the tokens, (B, length, size)
+        self.memory_rows: dict[nn.Module, Tensor] = {}
+        self.hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        """Begin to keep rows."""
+        for W in self.projections:
+            self.hooks.append(W.register_forward_pre_hook(self.skip))
+            self.hooks.append(W.register_forward_hook(self.extend))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the network as it was."""
+        for hook in self.hooks:
             hook.remove()
+
+    def skip(self, W: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+        """Project nothing of a memory whose rows are there already."""
+        (x,) = inputs
+        return x[:, :0] if W in self.memory_rows else None
+
+    def extend(self, W: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Keep the rows (B, T, size) of T new tokens; return those of all tokens so far."""
+        if W in self.memory_rows:
+            return self.memory_rows[W]
+        if inputs[0] is self.memory:
+            self.memory_rows[W] = output
+            return output
+        if W in self.rows:
+            output = torch.cat((self.rows[W], output), dim=1)
+        self.rows[W] = output
+        self.length = output.shape[1]
+        return output  # the result of a forward hook replaces the output
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i (of B) continue what row rows[i] has been; the memory stays where it is."""
+        self.rows = {W: kept[rows] for W, kept in self.rows.items()}

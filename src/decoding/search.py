@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import padding_mask
-from decoding.cache import cached
+from decoding.cache import Cache
 from inputs.text import BOS, EOS, MAX_LENGTH, PAD
-
-OWN = ("self_attention.W_k", "self_attention.W_v")  # of the target, not of the memory
 
 
 class EncoderDecoder(Protocol):
     """What the search needs of a network, such as that of transformer.py.
 
-    With a cache, it also has to be an nn.Module, and its attention to be named as in that script.
+    With a cache, it also has to be an nn.Module, and its attention to have W_k and W_v.
     """
 
     @property
@@ -72,19 +70,13 @@ def plain_decoder(model: EncoderDecoder, source: Tensor, beam: int) -> Decode:
 def cached_decoder(model: EncoderDecoder, source: Tensor, beam: int) -> Iterator[Decode]:
     """Decode only the new tokens, and keep the keys and values of the others."""
     memory, memory_mask = remember(model, source, beam)
-    modules = cast(nn.Module, model).get_submodule("decoder").named_modules()
-    own = [W for name, W in modules if name.endswith(OWN)]
-    with cached(cast(nn.Module, model)) as kept:
+    with Cache(cast(nn.Module, model), memory) as cache:
 
         def decode(target: Tensor, rows: Tensor) -> Tensor:
-            nonlocal memory
-            start = target.shape[1] - 1
-            if start and beam > 1:
-                for W in own:
-                    kept[W] = kept[W][rows]
-            logits = model.decode(target[:, start:], memory, memory_mask, start)
-            memory = memory[:, :0]  # its keys and values are kept, the same for a whole beam
-            return logits[:, -1]
+            if beam > 1:
+                cache.reorder(rows)
+            start = cache.length
+            return model.decode(target[:, start:], memory, memory_mask, start)[:, -1]
 
         yield decode
 
