@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -71,20 +70,23 @@ def measure(folder: Path, out: Path) -> None:
     start, settings, device = time.perf_counter(), script.PRESETS["small"], torch.device("cpu")
     encoded, _ = corpus.prepare_corpus(folder, LANGUAGES, settings.vocab_size, out)
     peak, prepared = memory(), time.perf_counter() - start
-    tokenizer = corpus.open_tokenizer((encoded / "tokenizer.json").read_text(encoding="utf-8"))
-    train = corpus.open_corpus(encoded / "train")
-    run = script.begin(out / "none", {"seed": 0} | asdict(settings), tokenizer, device)
+    train, _, tokenizer = script.open_encoded(encoded, device)
+    run = script.make_run(out, settings, {}, tokenizer, device, seed=0, save_minutes=10)
+    before = time.perf_counter()
+    batches = script.make_batches(train.lengths, settings.batch_tokens, torch.Generator())
+    batching = time.perf_counter() - before
+    (optimizer,) = run.optimizers
     seconds, before = [], time.perf_counter()
-    for _ in script.train_epoch(run, run.model, train, []):
+    for batch in run.steps(batches[:STEPS]):
+        count = int((train.lengths[batch, 1] - 1).sum())
+        optimizer.zero_grad()
+        loss = script.add_gradients(run.model, train, batch, count, settings)
+        optimizer.step()
+        run.add(loss, count)
         if not seconds:
             first = time.perf_counter() - start
         seconds.append(time.perf_counter() - before)
         before, peak = time.perf_counter(), max(peak, memory())
-        if len(seconds) == STEPS:
-            break
-    before = time.perf_counter()
-    batches = script.make_batches(train.lengths, settings.batch_tokens, torch.Generator())
-    batching = time.perf_counter() - before
     train.tokens.sum()  # reads the whole file
     held = share_of_mapping(encoded / "train.tokens")
     widths = torch.stack([len(rows) * train.lengths[rows].amax(dim=0).sum() for rows in batches])

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 attention = importlib.import_module("attention")
 search = importlib.import_module("decoding.search")
+runs = importlib.import_module("running.runs")
 script = importlib.import_module("translation")
 
 ROUNDS = 3
@@ -143,13 +144,11 @@ def compare(limit: float, device: str) -> nn.Module:
     for model in (PyTorchs(ours, SETTINGS), ours):
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.98), eps=1e-9, fused=True)
-        run = script.Run({}, SETTINGS, None, model, optimizer, script.Progress(seed=0))
+        run = script.Run(Path(), model, [optimizer], {}, epochs=1)
 
         def epoch(run: script.Run = run) -> float:
-            run.progress.epoch = 0  # the same batches each time
-            run.progress.batch = 0
-            for _ in script.train_epoch(run, run.model, corpus, []):
-                pass
+            run.progress = runs.Progress()  # the same batches each time
+            script.train_epoch(run, run.model, corpus, SETTINGS)
             return run.progress.loss / run.progress.count
 
         works.append(epoch)

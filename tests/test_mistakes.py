@@ -23,7 +23,7 @@ from inputs import pairs as corpus
 from inputs.phrases import sample_pairs
 from inputs.text import PAD
 from test_search import score_of
-from test_translation import random_pairs, start_run
+from test_translation import random_pairs
 from transformer import Sizes, Transformer
 
 BUGS = tomllib.loads((ROOT / "src/exercises/exercises.toml").read_text(encoding="utf-8"))["bug"]
@@ -446,15 +446,14 @@ def test_a_loss_divided_by_the_tokens_of_each_process_is_not_that_of_the_batch(c
     "sets the same numbers to 0 in every process",
 )
 def test_the_same_random_numbers_in_all_processes_hide_the_same(changed):
-    old = "hash((progress.seed, progress.step, rank))"
+    old = "self.derive_seed(progress.step, rank)"
     seeds = []
     for new in (old, old.replace(", rank", "")):
-        train_epoch = changed("translation.py", old, new)["train_epoch"]
+        Run = changed("running/runs.py", old, new)["Run"]
         for rank in (0, 1):
-            train_epoch.__globals__["rank_and_world"] = lambda rank=rank: (rank, 1)
-            run = start_run(make(dropout=0.5))
-            run.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
-            next(train_epoch(run, run.model, corpus_of(random_pairs(9)), []))
+            Run.steps.__globals__["rank_and_world"] = lambda rank=rank: (rank, 1)
+            next(Run(None, make(), [], {}, epochs=1).steps([None]))
+            seeds.append(torch.initial_seed())
     right, other_right, wrong, other_wrong = seeds
     assert wrong == other_wrong
     assert right != other_right

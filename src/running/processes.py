@@ -1,14 +1,21 @@
-"""Tools of translation.py for several processes, and for runs that a job scheduler may stop."""
+"""Several processes that work as one, the folder of a run, and the signals that may stop it.
+
+runs.py and translation.py use it. The processes are those that torchrun starts. One of them does
+what may be done only once, and the others wait for its outcome.
+"""
 
 import datetime
 import os
 import signal
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Thread
+from typing import Any, Generic, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -16,17 +23,20 @@ import torch.distributed as dist
 import torch.distributed.nn  # before DDP does: its functions keep a group that exists by then
 from filelock import FileLock, Timeout
 
+from running.shell import Stopped, first_line, printable
+
 Result = TypeVar("Result")
 LOST = datetime.timedelta(minutes=10)  # a process that is silent for so long is lost
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 
 
 def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
     """Return a section of torchrun's key-value store that only the processes of this start use.
 
     When torchrun restarts processes, it keeps the store, and the addresses of the dead ones stay in
-    it. So the first process makes up a name for a section, and the others ask it for that name.
-    Each question has a random key, so that no earlier answer is taken for this one's. Raises
-    TimeoutError if a process is lost.
+    it (https://github.com/pytorch/pytorch/issues/135712). So the first process makes up a name for
+    a section, and the others ask it for that name. Each question has a random key, so that no
+    earlier answer is taken for this one's. Raises TimeoutError if a process is lost.
     """
     if rank > 0:
         question = uuid4().hex
@@ -49,11 +59,14 @@ def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
 def joined_processes(device: torch.device) -> Iterator[None]:
     """Connect the processes that torchrun has started, if it has; disconnect them at the end.
 
-    After an error, they are not disconnected: some may be waiting for others.
+    Raises OSError if the environment names some of what torchrun would tell a process, not all.
     """
     if "WORLD_SIZE" not in os.environ:
         yield
         return
+    missing = [name for name in NEEDED if not os.environ.get(name)]
+    if missing:
+        raise OSError(f"WORLD_SIZE is set, and {', '.join(missing)} not: start it by torchrun")
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
     store, rank, world = next(dist.rendezvous("env://", timeout=LOST))
@@ -62,14 +75,25 @@ def joined_processes(device: torch.device) -> Iterator[None]:
     backends = {"cpu": "gloo", device.type: dist.get_default_backend_for_device(device)}
     names = ",".join(map(":".join, backends.items()))
     dist.init_process_group(names, store=store, rank=rank, world_size=world, timeout=LOST)
-    yield
-    # Ends the group's threads, too: at Python's exit, they could abort the process.
+    # Disconnecting ends the group's threads, too: at Python's exit, they could abort the process.
+    # After another error, it would wait for what is still being sent.
+    try:
+        yield
+    except (OSError, FloatingPointError, Stopped):
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
     """Return the number of this process among those of torchrun, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: object) -> None:
+    """Print a line on stderr, in the first process only."""
+    if rank_and_world()[0] == 0:
+        print(printable(text), file=sys.stderr)
 
 
 def gather(mine: object) -> list[Any]:
@@ -80,35 +104,72 @@ def gather(mine: object) -> list[Any]:
     return everyone
 
 
-def by_first(make: Callable[[], Result]) -> Result:
-    """Let the first process make something; return it, or raise its error, in all of them.
+@dataclass
+class Outcome(Generic[Result]):
+    """What one process tells the others of its work: the result, or what the error says."""
 
-    The others hear once a minute that it isn't done. So they can wait for hours, and yet notice
-    within ten minutes if the first process or its machine is lost.
-    """
+    result: Result | None = None
+    error: str = ""
+
+    def unwrap(self) -> Result:
+        """Return the result. Raises OSError if there was an error in the other process."""
+        if self.error:
+            raise OSError(self.error)
+        return cast(Result, self.result)
+
+
+def describe(error: BaseException | None) -> str:
+    """Return what other processes are told of an error."""
+    return first_line(error) or type(error).__name__ if error else ""
+
+
+def by_first(make: Callable[[], Result]) -> Result:
+    """Let the first process make something; return it, or raise its error, in all of them."""
     if not dist.is_initialized():
         return make()
-    made: list[Any] = []  # the result, once it is there
+    return tell_others(make) if dist.get_rank() == 0 else hear_of_first()
+
+
+def tell_others(make: Callable[[], Result]) -> Result:
+    """Make something, and broadcast what became of it.
+
+    The others hear once a minute that it isn't done. So they can wait for hours, and yet notice
+    within ten minutes if this process or its machine is lost.
+    """
+    future: Future[Result] = Future()
 
     def work() -> None:
         try:
-            made.append(make())
+            future.set_result(make())
         except BaseException as error:  # the others must hear of every one
-            made.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    if dist.get_rank() == 0:
-        thread.start()
-    while True:
-        if dist.get_rank() == 0:
-            thread.join(timeout=60)
-        news = [[*made]]
-        dist.broadcast_object_list(news)
-        if news[0]:
-            break
-    if isinstance(news[0][0], BaseException):
-        raise news[0][0]
-    return news[0][0]
+    Thread(target=work, daemon=True).start()
+    while not wait([future], timeout=60).done:
+        dist.broadcast_object_list([None])
+    error = describe(future.exception())
+    dist.broadcast_object_list([Outcome(None if error else future.result(), error)])
+    return future.result()
+
+
+def hear_of_first() -> Any:
+    """Wait for what the first process broadcasts."""
+    heard: list[Outcome | None] = [None]
+    while heard[0] is None:
+        dist.broadcast_object_list(heard)
+    return heard[0].unwrap()
+
+
+def by_each(make: Callable[[], Result]) -> Result:
+    """Let every process make something; if one of them fails, all raise OSError."""
+    mine: Outcome[Result] = Outcome()
+    try:
+        mine.result = make()
+    except OSError as error:
+        mine.error = describe(error)
+    errors = gather(mine.error)
+    mine.error = next(filter(None, errors), "")
+    return mine.unwrap()
 
 
 @contextmanager
@@ -117,12 +178,12 @@ def alone(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / "lock", thread_local=False)  # by_first may work in a thread
 
     def acquire() -> None:
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OSError(f"another run is using {folder}") from None
 
-    try:
-        by_first(acquire)
-    except Timeout:
-        raise OSError(f"another run is using {folder}") from None
+    by_first(acquire)
     try:
         yield
     finally:
@@ -133,13 +194,15 @@ def alone(folder: Path) -> Iterator[None]:
 def catching_signals() -> Iterator[list[int]]:
     """Collect signals to stop, so that no step is left half done.
 
-    These are Ctrl-C, SIGTERM, and SIGHUP, which a terminal sends as it closes; nohup ignores that.
-    A second one ends a process at once, unless it is one of several.
+    These are Ctrl-C, SIGTERM, SIGUSR1, which a scheduler may send before its time is up, and
+    SIGHUP, which a terminal sends as it closes; nohup ignores that. A second one ends a process at
+    once, unless it is one of several.
     """
     signals: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if os.name == "posix" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        numbers.append(signal.SIGHUP)
+    if os.name == "posix":
+        others = (signal.SIGHUP, signal.SIGUSR1)
+        numbers += [number for number in others if signal.getsignal(number) == signal.SIG_DFL]
 
     old: dict[int, Any] = {}  # the handlers before
 

@@ -26,12 +26,20 @@ Model = TypeVar("Model", bound=nn.Module)
 BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
+class Stopped(Exception):
+    """A signal has stopped a run, which has saved what it needs to continue."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.status = 128 + number
+
+
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Make a `main` end as a person expects: no traceback for what a person can cause.
 
-    `main` returns the exit status. Ctrl-C gives 130, and a closed pipe, as with `| head`, 141. An
-    OSError, a loss that isn't finite and a lack of memory give 1, and one line that says what is
-    wrong.
+    `main` returns the exit status. Ctrl-C gives 130, SIGTERM 143 if it has stopped a run, and a
+    closed pipe, as with `| head`, 141. An OSError, a loss that isn't finite and a lack of memory
+    give 1, and one line that says what is wrong.
     """
 
     @functools.wraps(main)
@@ -47,6 +55,8 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
                 print(end="", flush=True)  # here at the latest, a closed pipe is noticed
         except KeyboardInterrupt:
             return 130
+        except Stopped as stopped:
+            return stopped.status
         except BrokenPipeError:
             silence_stdout()
             return 141
@@ -128,7 +138,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 def usable_device(name: str) -> torch.device:
     """Parse --device; argparse refuses the option unless a tensor can be made there."""
     if name != "cpu" and "LOCAL_RANK" in os.environ:  # a GPU for each process, and no other
-        name = f"{name.partition(':')[0]}:{os.environ['LOCAL_RANK']}"
+        name = f"{name.partition(':')[0]}:{torch.distributed.get_node_local_rank()}"
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # each kind of device fails in its own way
@@ -137,14 +147,19 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, then rename it, so that a crash never leaves a partial file."""
+def write(path: Path, content: bytes, before: Path | None = None) -> None:
+    """Write a file beside `path`, then rename it, so that a crash never leaves a partial file.
+
+    What stood at `path` takes the name `before`, if there is one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            path.replace(before)
         temporary.replace(path)
     except OSError as error:
         raise OSError(f"can't write {path}: {error.strerror or error}") from error
