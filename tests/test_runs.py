@@ -1,13 +1,17 @@
 """Long runs of any network: stopped, killed, resumed, and refused."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import ROOT
 from running import runs
 from running.runs import Run
 from running.shell import Stopped
@@ -187,3 +191,49 @@ def test_old_files_are_set_aside_and_others_stay(out):
     names = {*runs.FILES, "model.safetensors"}
     assert {path.name for path in (out / "previous").iterdir()} == names
     assert {path.name for path in out.iterdir()} == {"notes.txt", "previous"}
+
+
+# The script of chapter 5
+
+
+@pytest.fixture(scope="module")
+def sine(tmp_path_factory):
+    """The reader's own script, as the chapter has it."""
+    text = (ROOT / "docs/5-translation.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r'^```python\n(""".*?)^```$', text, re.DOTALL | re.MULTILINE)
+    path = tmp_path_factory.mktemp("sine") / "sine.py"
+    path.write_text(script, encoding="utf-8")
+    return path
+
+
+def start_script(path, out, *options):
+    command = [sys.executable, str(path), "--device", "cpu", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+@pytest.mark.slow
+def test_a_readers_own_script_is_stopped_killed_and_resumed(sine, tmp_path):
+    whole = start_script(sine, tmp_path / "whole")
+    assert "Epoch(epoch=30, " in whole.communicate()[0]
+    statuses = []
+    for epoch, number in ((4, signal.SIGTERM), (9, signal.SIGKILL), (14, signal.SIGINT)):
+        run = start_script(sine, tmp_path / "stopped", "--resume")
+        assert any(f"epoch={epoch}," in line for line in run.stdout), run.stderr.read()
+        run.send_signal(number)
+        assert "Traceback" not in run.communicate()[1]
+        statuses.append(run.returncode)
+    assert statuses == [143, -signal.SIGKILL, 130]
+    run = start_script(sine, tmp_path / "stopped", "--resume")
+    assert (run.communicate()[1], run.returncode) == ("", 0)
+    states = [
+        torch.load(tmp_path / name / runs.NEWEST, weights_only=True)
+        for name in ("whole", "stopped")
+    ]
+    assert states[0]["progress"]["step"] == 30 * 128
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(states[1]["model"][name], tensor)
+    again = start_script(sine, tmp_path / "stopped")
+    error = again.communicate()[1]
+    assert (again.returncode, error.count("\n"), "--resume continues it" in error) == (1, 1, True)

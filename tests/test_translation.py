@@ -1154,6 +1154,13 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("value", ["", "1", "2"])
+def test_an_environment_that_is_not_torchruns_is_refused(tmp_path, monkeypatch, capsys, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    assert run_main("--out", tmp_path, *TINY) == 1
+    assert "without RANK, " in one_line(capsys)
+
+
 def test_after_a_restart_no_address_of_a_dead_process_is_found():
     store = dist.HashStore()  # that of torchrun
     with ThreadPoolExecutor(3) as pool:
@@ -1221,6 +1228,25 @@ def test_torchrun_trains_stops_and_resumes(trained, whole_of_two, tmp_path):
     _, error = process.communicate()
     assert (process.returncode, "Traceback" in error) == (0, False)
     assert_same_weights(tmp_path, whole_of_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--restart", "--seed"])
+def test_what_all_processes_refuse_ends_each_with_a_line(trained, option):
+    """Not by SIGABRT, as when Python exits while a group of processes still has its threads."""
+    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "0")
+    arguments = ("--seed", "1") if option == "--seed" else ()  # over the checkpoint that is there
+    if option == "--restart":
+        options = (*options[:-1], "1")
+        arguments = ("--restart",)
+    process = under_torchrun(
+        "--data", trained[0], *RUN, "--out", trained[1], *arguments, options=options
+    )
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "translation.py: " in error
+    assert "SIGABRT" not in error
+    assert "exitcode  : 1 " in error
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ def joined_processes(device: torch.device) -> Iterator[None]:
         return
     missing = [name for name in NEEDED if not os.environ.get(name)]
     if missing:
-        raise OSError(f"WORLD_SIZE is set, and {', '.join(missing)} not: start it by torchrun")
+        names = ", ".join(missing)
+        raise OSError(f"WORLD_SIZE is set without {names}: start several processes with torchrun")
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
     store, rank, world = next(dist.rendezvous("env://", timeout=LOST))
