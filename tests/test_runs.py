@@ -82,6 +82,16 @@ def test_a_run_of_two_optimizers_ends_as_if_it_had_not_been_stopped(
     assert capsys.readouterr().err == ""
 
 
+def test_no_two_seeds_are_alike():
+    """As those of 0 and 2**61 - 1 were with `hash`."""
+    runs_of = [start(None, seed=seed) for seed in (0, 1, 2**61 - 1, 2**63 - 1)]
+    numbers = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (11,)]
+    seeds = [run.derive_seed(*each) for run in runs_of for each in numbers]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [run.derive_seed(*each) for run in runs_of for each in numbers]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"half"])
 def test_the_checkpoint_before_resumes_if_the_newest_is_broken(out, capsys, content):
     newest, before = out / runs.NEWEST, out / runs.BEFORE

@@ -207,7 +207,7 @@ def train(run, pairs, settings=SMALL, model=None):
 
 
 def batches_of(pairs, settings, seed=0, epoch=0):
-    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+    generator = torch.Generator().manual_seed(Random(f"{seed} {epoch}").getrandbits(63))
     return make_batches(corpus_of(pairs).lengths, settings.batch_tokens, generator)
 
 
@@ -1121,7 +1121,7 @@ def test_two_processes_train_as_one_does(trained, tmp_path, monkeypatch, capsys)
         count = sum(len(target) - 1 for _, target in pairs[:few])
         total = 0.0
         for rank, share in enumerate(shares):  # of one pair, the second gets nothing
-            torch.manual_seed(hash((0, 0, rank)) % 2**63)
+            torch.manual_seed(Random(f"0 0 {rank}").getrandbits(63))
             loss = T.batch_loss(model, corpus, share, SMALL.smoothing)
             (loss / count).backward()
             total += loss.item()

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -115,8 +116,8 @@ class Run(Generic[Model]):
         return self.progress.epoch == self.epochs - 1
 
     def derive_seed(self, *numbers: int) -> int:
-        """Return a seed that follows from that of the run."""
-        return hash((self.seed, *numbers)) % 2**63
+        """Return a seed that follows from that of the run and some numbers."""
+        return Random(" ".join(map(str, (self.seed, *numbers)))).getrandbits(63)
 
     def epoch_generator(self) -> torch.Generator:
         """Return a generator for the batches of this epoch, alike in all processes."""
