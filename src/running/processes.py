@@ -64,10 +64,9 @@ def joined_processes(device: torch.device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    missing = [name for name in NEEDED if not os.environ.get(name)]
+    missing = ", ".join(name for name in NEEDED if not os.environ.get(name))
     if missing:
-        names = ", ".join(missing)
-        raise OSError(f"WORLD_SIZE is set without {names}: start several processes with torchrun")
+        raise OSError(f"WORLD_SIZE is set without {missing}: start several processes with torchrun")
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)  # else all communicate via the first GPU
     store, rank, world = next(dist.rendezvous("env://", timeout=LOST))
@@ -119,9 +118,9 @@ class Outcome(Generic[Result]):
         return cast(Result, self.result)
 
 
-def describe(error: BaseException | None) -> str:
+def describe(error: BaseException) -> str:
     """Return what other processes are told of an error."""
-    return first_line(error) or type(error).__name__ if error else ""
+    return first_line(error) or type(error).__name__
 
 
 def by_first(make: Callable[[], Result]) -> Result:
@@ -148,8 +147,9 @@ def tell_others(make: Callable[[], Result]) -> Result:
     Thread(target=work, daemon=True).start()
     while not wait([future], timeout=60).done:
         dist.broadcast_object_list([None])
-    error = describe(future.exception())
-    dist.broadcast_object_list([Outcome(None if error else future.result(), error)])
+    error = future.exception()
+    outcome = Outcome(error=describe(error)) if error else Outcome(future.result())
+    dist.broadcast_object_list([outcome])
     return future.result()
 
 
@@ -166,10 +166,11 @@ def by_each(make: Callable[[], Result]) -> Result:
     mine: Outcome[Result] = Outcome()
     try:
         mine.result = make()
-    except OSError as error:
-        mine.error = describe(error)
-    errors = gather(mine.error)
-    mine.error = next(filter(None, errors), "")
+    except OSError as caught:
+        mine.error = describe(caught)
+    for error in gather(mine.error):
+        if error:
+            raise OSError(error)
     return mine.unwrap()
 
 
