@@ -173,7 +173,7 @@ class Run(Generic[Model]):
             dist.all_reduce(sums)
         loss, signals = sums.tolist()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss}; a longer warmup may help")
+            raise FloatingPointError(f"the loss became {loss}; a lower learning rate may help")
         self.progress.loss += loss
         self.losses = self.losses.new_zeros(())
         return signals > 0
@@ -197,10 +197,10 @@ class Run(Generic[Model]):
     def end_epoch(self, validation_loss: float) -> None:
         """Note the losses of the epoch, and save the checkpoint, metrics.json and losses.png."""
         strict = self.in_last_epoch
-        now = self.progress
-        row = Epoch(now.epoch + 1, now.loss / now.count, validation_loss, now.seconds)
-        rows = [*now.rows, row]
-        self.progress = Progress(epoch=row.epoch, step=now.step, best=now.best, rows=rows)
+        old = self.progress
+        row = Epoch(old.epoch + 1, old.loss / old.count, validation_loss, old.seconds)
+        rows = [*old.rows, row]
+        self.progress = Progress(epoch=row.epoch, step=old.step, best=old.best, rows=rows)
 
         def save() -> None:
             with going_on(strict):
@@ -215,7 +215,9 @@ class Run(Generic[Model]):
         Raises FloatingPointError if the weights are not finite; those in the file may still be.
         """
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise FloatingPointError("the weights are no longer finite; a longer warmup may help")
+            raise FloatingPointError(
+                "the weights are no longer finite; a lower learning rate may help"
+            )
         rows = [list(row) for row in self.progress.rows]  # torch.load rejects a NamedTuple
         state = {
             "settings": self.settings,
