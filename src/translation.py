@@ -58,6 +58,7 @@ from running.processes import alone, by_each, by_first, joined_processes, rank_a
 from running.runs import Epoch, Run, check_start, going_on, set_aside
 from running.settings import add_settings, check_settings, flag, read_settings, setting
 from running.shell import (
+    clear_parts,
     command,
     make_parser,
     number,
