@@ -34,8 +34,9 @@ def own_store(store: dist.Store, rank: int, world: int) -> dist.Store:
     """Return a section of torchrun's key-value store that only the processes of this start use.
 
     When torchrun restarts processes, it keeps the store, and the addresses of the dead ones stay in
-    it (https://github.com/pytorch/pytorch/issues/135712). So the first process makes up a name for
-    a section, and the others ask it for that name. Each question has a random key, so that no
+    it (https://github.com/pytorch/pytorch/issues/135712). TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for
+    torchrun would avoid that, too, but one has to know of it. So the first process makes up a name
+    for a section, and the others ask it for that name. Each question has a random key, so that no
     earlier answer is taken for this one's. Raises TimeoutError if a process is lost.
     """
     if rank > 0:
