@@ -334,7 +334,8 @@ def show_heads(results: dict[str, tuple[float, float]], names: str, weights: Ten
     for head, picture in enumerate(weights.mean(dim=0), start=1):
         mirror = picture[places, places.flip(0)].mean()
         left = picture[places, places - 1].mean()
-        print(f"Head {head} puts {mirror:.0%} of its weight on the mirror image, {left:.0%} left.")
+        where = f"{mirror:.0%} of its weight on the mirror image, {left:.0%} on the left neighbor"
+        print(f"Head {head} puts {where}.")
     show_pictures([f"head {n + 1}" for n in range(len(weights[0]))], weights[0], names)
 
 

@@ -471,8 +471,8 @@ def test_it_says_where_the_heads_look(capsys):
     out = capsys.readouterr().out
     assert re.search(r"\ntwo heads +0\.2500 +50\.0%\n", out)
     # The mirror image of the first and of the sixth digit is its left neighbor, too.
-    assert "Head 1 puts 100% of its weight on the mirror image, 20% left." in out
-    assert "Head 2 puts 10% of its weight on the mirror image, 50% left." in out
+    assert "Head 1 puts 100% of its weight on the mirror image, 20% on the left neighbor." in out
+    assert "Head 2 puts 10% of its weight on the mirror image, 50% on the left neighbor." in out
     rows = {0: "0  ··················██   0  ··················▒▒"}
     rows[9] = "9  ██··················   9  ················▒▒··"
     for row in rows.values():

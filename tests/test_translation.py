@@ -671,7 +671,7 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     out = tmp_path / "out"
     done = run_script(
         "translation.py", "--data", text_folder, "--out", out, "--device", "cpu", *TINY,
-        "--d-model", 32, "--batch-tokens", 300, "--epochs", 8,
+        "--d-model", 32, "--batch-tokens", 300, "--epochs", 12,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.split("\n")
@@ -682,7 +682,7 @@ def test_text_is_learned_end_to_end(run_script, text_folder, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     for line, row in zip(lines[5:], metrics["epochs"], strict=False):
         assert line == "{:5}  {:13.4f}  {:15.4f}  {:7.1f}".format(*row.values())
-    assert len(metrics["epochs"]) == 8
+    assert len(metrics["epochs"]) == 12
     assert list(metrics["test"]) == ["beam", "test.more", "test2016"]
     for name in ("test.more", "test2016"):
         place = 1 + next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
