@@ -7,6 +7,7 @@ PYTHON_VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.versio
 POETRY_READY := .poetry/ready-$(POETRY_VERSION)-$(MIRROR_PLUGIN_VERSION)-python$(PYTHON_VERSION)
 VENV_READY := .venv/ready-python$(PYTHON_VERSION)
 EXPLORE_READY := .venv/explore-ready
+ORACLE_READY := .venv/oracle-ready
 POETRY := .poetry/bin/python -m poetry
 
 # An environment that happens to be active, or switched off, is not the one meant here.
@@ -34,6 +35,8 @@ explore: $(EXPLORE_READY)
 	$(POETRY) run marimo run --no-check --host 127.0.0.1 src/explore.py
 
 explore-ready: $(EXPLORE_READY)
+
+oracle-ready: $(ORACLE_READY)
 
 screens: $(EXPLORE_READY)
 	$(POETRY) run docs/screens.py
@@ -98,4 +101,9 @@ $(EXPLORE_READY): $(VENV_READY)
 	@POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install --only explore
 	@touch $@
 
-.PHONY: help demo explore explore-ready screens test test-all lint bench docs clean
+# What only the tests need that compare with published networks' own code.
+$(ORACLE_READY): $(VENV_READY)
+	@POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install --only oracle
+	@touch $@
+
+.PHONY: help demo explore explore-ready oracle-ready screens test test-all lint bench docs clean
