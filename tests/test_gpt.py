@@ -1,0 +1,303 @@
+"""The network of gpt.py beside that of `transformers`, and the folder that both open."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import gpt as G
+from decoding.cache import Cache
+from inputs.documents import learn_tokenizer
+from inputs.pretrained import published_name
+from make_models import MODELS, SIZES, TEXT, draw_weights, loss_of
+
+TINY = G.Sizes(264, 8, 2, 4, 2, 4, 16, 64, tied=False)
+
+
+def make(**changes):
+    """Make a network in float64, the same every time."""
+    return draw_weights(G.GPT(replace(TINY, **changes))).double()
+
+
+def draw(*shape):
+    torch.manual_seed(1)
+    return torch.randint(TINY.vocab_size, shape)
+
+
+def assert_close(found, expected):
+    """Assert that float32 results differ by at most 1e-5 of the largest."""
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# The network
+
+
+def test_rotating_is_multiplying_complex_numbers():
+    sizes = replace(TINY, d_k=8, theta=50.0)
+    x, positions = torch.randn(2, 3, 5, 8), torch.tensor([0, 1, 2, 7, 30])
+    angle = positions.unsqueeze(1) * G.frequencies(sizes)
+    found = G.rotate(x, angle.cos(), angle.sin()).numpy()
+    numbers = x[..., :4].numpy() + 1j * x[..., 4:].numpy()
+    turned = numbers * np.exp(1j * np.outer(positions, 50 ** -np.arange(0, 1, 1 / 4)))
+    np.testing.assert_allclose(found[..., :4], turned.real, atol=1e-5)
+    np.testing.assert_allclose(found[..., 4:], turned.imag, atol=1e-5)
+
+
+def test_products_of_rotated_vectors_depend_on_their_distance():
+    model, tokens = make(), draw(2, 6)
+    expected = model(tokens)
+    shifted = model(tokens, positions=torch.arange(6) + 20)
+    torch.testing.assert_close(shifted, expected, rtol=0, atol=1e-4)
+    stretched = model(tokens, positions=2 * torch.arange(6))
+    assert (stretched - expected).abs().max() > 0.1
+
+
+def test_a_scaled_frequency_is_kept_slowed_down_or_in_between():
+    sizes = replace(TINY, d_k=64, scaling=G.Scaling(8.0, 1.0, 4.0, 256))
+    before = G.frequencies(replace(sizes, scaling=None))
+    ratio = G.frequencies(sizes) / before
+    rotations = 256 * before / (2 * math.pi)
+    assert (ratio[rotations > 4] == 1).all()
+    torch.testing.assert_close(ratio[rotations < 1], torch.full_like(ratio[rotations < 1], 1 / 8))
+    between = ratio[(rotations > 1) & (rotations < 4)]
+    assert len(between) and ((between > 1 / 8) & (between < 1)).all()
+
+
+def test_no_logit_has_a_derivative_with_respect_to_later_tokens():
+    model = make()
+    x = model.embedding(draw(1, 8)).detach().requires_grad_()
+    model.embedding.register_forward_hook(lambda *_: x)
+    logits = model(draw(1, 8))
+    for t in range(8):
+        (gradient,) = torch.autograd.grad(logits[0, t].sin().sum(), x, retain_graph=True)
+        assert (gradient[0, t + 1 :] == 0).all()
+        assert (gradient[0, : t + 1].abs().amax(dim=1) > 0).all()
+
+
+def test_grouped_heads_are_repeated_ones():
+    grouped, all_heads = make(), make(num_kv_heads=4)
+    weights = grouped.state_dict()
+    for name, W in weights.items():
+        if "W_k" in name or "W_v" in name:  # one head of keys serves the queries of two
+            weights[name] = W.view(2, 4, 8).repeat_interleave(2, dim=0).flatten(0, 1)
+    all_heads.load_state_dict(weights)
+    torch.testing.assert_close(grouped(draw(2, 9)), all_heads(draw(2, 9)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_loss_is_that_of_knowing_nothing(tied):
+    torch.manual_seed(0)
+    model = G.GPT(G.Sizes(1024, 128, 4, 4, 2, 32, 352, 256, tied))
+    tokens = torch.randint(1024, (4, 257))
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(1024), abs=0.05)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_cache_changes_no_logit(qk_norm):
+    model, tokens = make(qk_norm=qk_norm), draw(2, 9)
+    expected = model(tokens)
+    parts = []
+    with Cache(model) as cache:
+        for part in tokens.split([4, 1, 3, 1], dim=1):
+            positions = torch.arange(cache.length + part.shape[1])
+            parts.append(model(part, positions))
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-12)
+
+
+def test_padding_on_the_left_changes_nothing():
+    model, tokens = make(), draw(1, 6)
+    expected = model(tokens)
+    padded = F.pad(tokens, (3, 0), value=5)
+    real = torch.arange(9) >= 3
+    positions = (torch.arange(9) - 3).clamp(min=0).unsqueeze(0)
+    found = model(padded, positions, real.view(1, 1, 9))[:, 3:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert (model(padded)[:, 3:] - expected).abs().max() > 0.1
+
+
+def test_a_mask_of_documents_keeps_them_apart():
+    model, tokens = make(), draw(1, 7)
+    number = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    same = number.unsqueeze(1) == number.unsqueeze(2)
+    found = model(tokens, mask=same)
+    torch.testing.assert_close(found[:, 3:], model(tokens[:, 3:]), rtol=0, atol=1e-4)
+
+
+# The format
+
+
+@pytest.fixture(params=["llama", "llama-tied"])
+def folder(request):
+    return MODELS / request.param
+
+
+def test_a_folder_of_transformers_gives_its_logits_gradients_and_text(folder):
+    model, tokenizer = G.open_model(folder)
+    expected = safetensors.torch.load_file(folder / "expected.safetensors")
+    logits = model(expected["tokens"])
+    assert_close(logits, expected["logits"])
+    loss_of(logits).backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[f"gradient of {published_name(name)}"])
+    assert len(expected) == 3 + len(list(model.parameters()))
+    tokens = expected["tokens"]
+    for _ in range(20):
+        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(dim=-1)), dim=1)
+    assert tokens.tolist() == expected["written"].tolist()
+    assert tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
+
+
+def test_a_saved_folder_is_the_one_that_transformers_writes(folder, tmp_path):
+    model, tokenizer = G.open_model(folder)
+    G.save_model(tmp_path, model, tokenizer)
+    ours, theirs = (
+        safetensors.torch.load_file(at / "model.safetensors") for at in (tmp_path, folder)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (json.loads((at / "config.json").read_bytes()) for at in (tmp_path, folder))
+    del ours["rope_theta"]  # where versions before 5 look for it
+    assert ours == {name: theirs[name] for name in ours}
+    ours, theirs = (json.loads((at / "tokenizer.json").read_bytes()) for at in (tmp_path, folder))
+    assert ours == theirs
+    again, _ = G.open_model(tmp_path)
+    assert again.sizes == model.sizes
+    assert torch.equal(again(draw(1, 5)), model(draw(1, 5)))
+    assert (again.to_logits.weight is again.embedding.weight) == model.sizes.tied
+
+
+def test_a_mark_typed_by_a_person_is_text(folder):
+    _, tokenizer = G.open_model(folder)
+    ids = tokenizer.encode("<|endoftext|></s>").ids
+    assert G.MARK_ID not in ids
+    assert tokenizer.decode(ids) == "<|endoftext|></s>"
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_bytes())
+    config = {name: x for name, x in (config | changes).items() if x is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def spoil_weights(folder, change):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def put_nan(weights):
+    weights["model.norm.weight"][1] = math.nan
+
+
+BROKEN = {
+    "no folder": (shutil.rmtree, "config.json: there is no such file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "there is no such file"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "there is no such file"),
+    "half a config": (lambda f: (f / "config.json").write_text('{"model_type":'), "Expecting"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "no JSON object"),
+    "no size": (lambda f: change_config(f, hidden_size=None), "it lacks hidden_size"),
+    "a word": (lambda f: change_config(f, hidden_size="8"), "d_model is '8'"),
+    "a terabyte": (lambda f: change_config(f, hidden_size=1 << 15), "other sizes"),
+    "more": (lambda f: change_config(f, num_hidden_layers=10**9), "num_layers is 1000000000"),
+    "heads": (lambda f: change_config(f, num_key_value_heads=3), "3 heads of keys"),
+    "odd": (lambda f: change_config(f, head_dim=3), "d_k 3 is not even"),
+    "other shapes": (lambda f: change_config(f, intermediate_size=17), "other sizes"),
+    "another network": (lambda f: change_config(f, model_type="gpt2"), "model_type is 'gpt2'"),
+    "biases": (lambda f: change_config(f, attention_bias=True), "attention_bias is True"),
+    "scaled": (lambda f: change_config(f, rope_parameters={"rope_type": "yarn"}), "'yarn'"),
+    "no base": (lambda f: change_config(f, rope_theta=0), "theta is 0"),
+    "half": (lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0"), "broken, or"),
+    "NaN": (lambda f: spoil_weights(f, put_nan), "not finite"),
+    "a tensor less": (lambda f: spoil_weights(f, lambda w: w.popitem()), "other sizes"),
+    "no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "broken, or"),
+    "more tokens": (
+        lambda f: (f / "tokenizer.json").write_text(learn_tokenizer([TEXT], 268).to_str()),
+        "more tokens than the network",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_or_foreign_folder_is_refused_in_a_line(kind, tmp_path):
+    folder = shutil.copytree(MODELS / "llama", tmp_path / "model")
+    change, message = BROKEN[kind]
+    change(folder)
+    with pytest.raises(OSError, match=message) as error:
+        G.open_model(folder)
+    assert str(error.value).startswith(f"not a language model that this script can open: {folder}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    G.save_model(tmp_path, *G.open_model(MODELS / "llama"))
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match="checksum"):
+        G.open_model(tmp_path)
+
+
+# Beside transformers, where it is installed
+
+
+FAMILIES = {
+    "Llama": {},
+    "Llama, tied": {"tied": True},
+    "Llama 3": {"theta": 500.0, "scaling": G.Scaling(8.0, 1.0, 4.0, 16)},
+    "Qwen2": {"qkv_bias": True},
+    "Qwen3": {"qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    changes = FAMILIES[family]
+    settings = SIZES | {"tie_word_embeddings": "tied" in changes}
+    if "scaling" in changes:
+        factor, low, high, context = changes["scaling"]
+        settings["rope_parameters"] = {
+            "rope_type": "llama3", "rope_theta": changes["theta"], "factor": factor,
+            "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }  # fmt: skip
+    name = family if family.startswith("Qwen") else "Llama"
+    config = getattr(transformers, f"{name}Config")(**settings)
+    theirs = draw_weights(getattr(transformers, f"{name}ForCausalLM")(config))
+    ours = G.GPT(replace(TINY, **changes))
+    with torch.no_grad():
+        for name, tensor in G.published_weights(ours).items():
+            tensor.copy_(theirs.state_dict()[name])
+    tokens = draw(3, 60)  # beyond the context of Llama 3's first training
+    logits, expected = ours(tokens), theirs(tokens).logits
+    assert_close(logits, expected)
+    loss_of(logits).backward()
+    loss_of(expected).backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert len(gradients) == len(list(ours.parameters()))
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, gradients[published_name(name)])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_opens_what_was_saved(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = draw_weights(G.GPT(replace(TINY, tied=tied)))
+    tokenizer = learn_tokenizer([TEXT], TINY.vocab_size)
+    G.save_model(tmp_path, model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    tokens = draw(2, 10)
+    assert_close(theirs(tokens).logits, model(tokens))
+    tokenize = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = TEXT + "\tür 12\r\n  日本 🎉\0 x_y  \n"
+    assert tokenize(text).input_ids == tokenizer.encode(text).ids
+    assert tokenize.decode(tokenize(text).input_ids) == text
+    assert tokenize.eos_token_id == theirs.config.eos_token_id == G.MARK_ID
