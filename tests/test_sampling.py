@@ -1,0 +1,157 @@
+"""Sampling: which tokens may be drawn, and that neither cache nor neighbors change any."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import decoding.sampling as S
+import gpt as G
+from inputs.documents import MARK_ID, learn_tokenizer
+from make_models import TEXT, draw_weights
+
+SIZES = G.Sizes(300, 16, 2, 4, 2, 4, 24, 40, tied=False)
+PLAIN = S.Sampling()
+PROMPTS = [[5, 7, 9], [3], [8, 8, 100, 4, 2, 250]]
+LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12).map(
+    lambda numbers: torch.tensor(numbers, dtype=torch.float64)
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return draw_weights(G.GPT(SIZES)).double()
+
+
+def write(model, prompts, sampling=PLAIN, seeds=(1, 2, 3), context=40, **options):
+    """Return the tokens that continue each prompt."""
+    columns = S.next_tokens(model, prompts, sampling, seeds, context, end=MARK_ID, **options)
+    rows = zip(*columns, strict=True)
+    return [[token for token in row if token is not None] for row in rows]
+
+
+def probabilities(logits):
+    return logits.softmax(dim=-1)
+
+
+@given(LOGITS, st.integers(1, 15))
+def test_top_k_keeps_the_k_likeliest(logits, k):
+    kept = S.keep_top_k(logits, k).isfinite()
+    assert kept.sum() == min(k, len(logits))
+    assert logits[kept].min() >= logits.masked_fill(kept, -math.inf).max()
+
+
+@given(LOGITS, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
+    found = S.keep_top_p(logits, p)
+    kept = found.isfinite()
+    probability = probabilities(logits)
+    assert torch.equal(found[kept], logits[kept])
+    assert probability[kept].min() >= probability.masked_fill(kept, 0).max()
+    assert probability[kept].sum() >= p - 1e-12
+    assert probability[kept].sum() - probability[kept].min() < p + 1e-12
+
+
+def test_top_p_keeps_the_token_that_crosses_p():
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    for p, expected in ((0.4, [1, 1]), (0.6, [2, 1]), (0.79, [2, 1]), (0.85, [3, 2])):
+        assert S.keep_top_p(logits, p).isfinite().sum(dim=1).tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    sampling = S.Sampling(temperature)
+    drawn = [S.draw_token(logits, sampling, generator) for _ in range(2000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 2000
+    expected = probabilities(logits / temperature)
+    torch.testing.assert_close(shares.double(), expected, rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    "sampling", [S.Sampling(0), S.Sampling(1e-6), S.Sampling(top_k=1), S.Sampling(top_p=1e-9)]
+)
+def test_without_chance_the_likeliest_token_is_taken(model, sampling):
+    tokens = torch.tensor([PROMPTS[0]])
+    for _ in range(8):
+        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(dim=-1)), dim=1)
+    (found,) = write(model, PROMPTS[:1], sampling, seeds=[0], context=11)
+    assert found == tokens[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("sampling", [S.Sampling(0), S.Sampling(0.8, top_k=50, top_p=0.95)])
+def test_neither_the_cache_nor_the_neighbors_change_a_token(model, sampling):
+    found = write(model, PROMPTS, sampling)
+    assert found == write(model, PROMPTS, sampling, cached=False)
+    for prompt, seed, row in zip(PROMPTS, (1, 2, 3), found, strict=True):
+        assert [row] == write(model, [prompt], sampling, seeds=[seed])
+    assert len({*map(len, found)}) > 1
+
+
+def test_logits_of_padded_and_cached_rows_are_those_of_a_row_alone():
+    model = draw_weights(G.GPT(SIZES))
+    tokens = torch.tensor([[0, 0, 5, 7, 9, 11], [1, 2, 3, 4, 5, 6]])
+    real = torch.tensor([[False] * 2 + [True] * 4, [True] * 6])
+    with torch.inference_mode(), S.Cache(model) as cache:
+        for length in (4, 5, 6):
+            start = cache.length
+            found = S.next_logits(model, tokens[:, :length], real[:, :length], start)
+        assert cache.length == 6
+    for row, alone in ((0, tokens[:1, 2:]), (1, tokens[1:])):
+        expected = model(alone)[0, -1]
+        assert (found[row] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_row_ends_at_the_end_mark_and_the_others_go_on(model, monkeypatch):
+    logits = torch.full((3, 300), -100.0)
+    turns = itertools.count()
+
+    def to_logits(x):
+        logits[:] = -100
+        logits[torch.arange(3), torch.tensor([11, MARK_ID if next(turns) == 1 else 12, 13])] = 0
+        return logits
+
+    monkeypatch.setattr(model.to_logits, "forward", to_logits)
+    found = write(model, PROMPTS, context=8)
+    assert found == [[11] * 5, [12], [13] * 2]  # the first and the last reach the context
+
+
+def test_a_prompt_as_long_as_the_context_is_not_continued(model):
+    columns = S.next_tokens(model, [[1, 2]], S.Sampling(), [0], context=2, end=MARK_ID)
+    assert list(columns) == []
+
+
+def test_the_cache_is_gone_when_the_writing_is_stopped(model):
+    tokens = torch.tensor([[4, 5, 6]])
+    expected = model(tokens)
+    stream = S.next_tokens(model, [[1, 2]], S.Sampling(), [0], context=40, end=MARK_ID)
+    next(stream)
+    stream.close()
+    assert torch.equal(model(tokens), expected)
+
+
+@given(st.text(min_size=1))
+def test_text_is_streamed_by_whole_characters(text):
+    tokenizer = learn_tokenizer([TEXT], 280)
+    pieces = list(S.decode_stream(tokenizer, tokenizer.encode(text).ids))
+    assert "".join(pieces) == text
+    for piece in pieces:
+        assert "\ufffd" not in piece or "\ufffd" in text
+    ids = tokenizer.encode("aü").ids
+    assert list(S.decode_stream(tokenizer, ids)) == ["a", "ü", ""]
+    assert "".join(S.decode_stream(tokenizer, ids[:-1])) == "a\ufffd"
+
+
+@given(st.lists(st.text("ab", max_size=4)), st.text("ab", min_size=1, max_size=4))
+def test_the_text_ends_before_the_stop_string(pieces, stop):
+    text = "".join(pieces)
+    assert "".join(S.until(pieces, stop)) == text.partition(stop)[0]
+    shown = ""
+    for n, piece in enumerate(S.until(pieces, stop)):
+        shown += piece
+        missing = "".join(pieces[: n + 1])[len(shown) :]
+        assert len(missing) < len(stop) or stop in text
