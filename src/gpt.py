@@ -1,28 +1,67 @@
 #!/usr/bin/env python3
-"""A language model like today's open ones learns Python, and is weighed as a compressor."""
+"""A language model like today's open ones learns Python, and is weighed as a compressor.
 
+Run `poetry run src/gpt.py`. It builds the network of Llama (Touvron et al. 2023, arXiv 2302.13971)
+and trains it on Python's own standard library in about 4 minutes. What predicts a text well could
+compress it, so the loss is given in bits per byte, beside what bz2 and xz need. Results go to
+runs/gpt/, where `--write "def "` continues a text, and `--bits FILE` shows what surprises the
+network. `transformers` opens that folder, too.
+"""
+
+import argparse
+import bz2
+import lzma
 import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unicodedata import category
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 
 from attention import causal_mask
-from inputs.documents import MARK, MARK_ID
-from inputs.pretrained import (
-    make_config,
-    make_tokenizer_config,
-    published_name,
-    read_config,
+from decoding.sampling import Sampling, decode_stream, next_tokens, until
+from inputs.documents import (
+    MARK,
+    MARK_ID,
+    Documents,
+    draw_windows,
+    encode_documents,
+    learn_tokenizer,
+    longest_shared_runs,
+    read_documents,
+    standard_library,
 )
+from inputs.pretrained import make_config, make_tokenizer_config, published_name, read_config
 from inputs.text import open_tokenizer
-from running.shell import checksum, read_weights, refusing, write
+from running.processes import alone, say
+from running.runs import Epoch, Run, check_start, going_on, set_aside
+from running.settings import add_settings, check_settings, flag, read_settings, setting
+from running.shell import (
+    checksum,
+    command,
+    make_parser,
+    number,
+    printable,
+    read_weights,
+    refusing,
+    write,
+)
 
+RESULTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+EPOCHS = 5  # parts of a run, each of which ends with a validation
+SAMPLES = 20
+WINDOWS = 32  # measured at once
+IGNORED = -100  # the label of padding, which cross_entropy leaves out
 LIMITS = {  # of the sizes in a file; the weights in it have to have them, too
     "vocab_size": 1 << 20, "d_model": 1 << 16, "num_layers": 1000, "num_heads": 1 << 12,
     "num_kv_heads": 1 << 12, "d_k": 1 << 12, "d_ff": 1 << 18, "context": 1 << 24,
@@ -252,3 +291,384 @@ def open_model(folder: Path) -> tuple[GPT, Tokenizer]:
     for name, tensor in published_weights(model).items():
         tensor.copy_(weights[name])
     return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the network, and of its training. Raises ValueError if one is out of range."""
+
+    d_model: int = setting(128, 2, 8192, "size of the vectors")
+    num_layers: int = setting(4, 1, 200, "layers")
+    num_heads: int = setting(4, 1, 128, "heads of queries")
+    num_kv_heads: int = setting(2, 1, 128, "heads of keys and values")
+    d_ff: int = setting(352, 1, 65_536, "size inside the feed-forward network")
+    context: int = setting(256, 2, 1_000_000, "tokens, at most")
+    tied: bool = setting(False, False, True, "let the output share the embedding's weights")
+    vocab_size: int = setting(1024, 257, 1_000_000, "tokens in the vocabulary, at most")
+    steps: int = setting(2050, 1, 100_000_000, "steps of training")
+    batch_size: int = setting(8, 1, 100_000, "windows of the text per step")
+    muon: bool = setting(True, False, True, "train matrices by Muon, not by AdamW")
+    matrix_rate: float = setting(0.02, 0.0, 10.0, "learning rate of the layers' matrices")
+    learning_rate: float = setting(0.01, 0.0, 10.0, "learning rate of all else")
+    warmup: int = setting(20, 1, 1_000_000, "steps during which the rates rise")
+    falling: float = setting(0.7, 0.01, 1.0, "share of the steps during which the rates fall to 0")
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self)
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(f"{flag('d_model')}: must be divisible by 2 * num_heads")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{flag('num_heads')}: must be divisible by num_kv_heads")
+
+    def sizes(self, vocab_size: int) -> Sizes:
+        """Return the sizes of the network."""
+        return Sizes(
+            vocab_size, self.d_model, self.num_layers, self.num_heads, self.num_kv_heads,
+            self.d_model // self.num_heads, self.d_ff, self.context, self.tied,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents as tokens."""
+
+    tokens: Tensor  # of all documents for training, end to end
+    held_out: list[Tensor]  # each document
+    held_out_bytes: int
+
+
+def encode(documents: Documents, tokenizer: Tokenizer, context: int) -> Corpus:
+    """Encode the documents. Raises OSError if they are shorter than a window."""
+    tokens = torch.cat(encode_documents(tokenizer, documents.training))
+    if len(tokens) <= context:
+        raise OSError(f"the text has {len(tokens):,} tokens: too few for a context of {context:,}")
+    held_out = encode_documents(tokenizer, documents.held_out)
+    return Corpus(tokens, held_out, len("".join(documents.held_out).encode()))
+
+
+def make_optimizers(model: GPT, settings: Settings) -> list[Optimizer]:
+    """Return Muon for the matrices of the layers, and AdamW for all else.
+
+    Muon (Jordan et al. 2024) makes all directions in which a matrix moves equally long.
+    """
+    matrices = [W for W in model.layers.parameters() if W.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not W for W in matrices)]
+    first: Optimizer
+    if settings.muon:
+        first = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.0)
+    else:
+        first = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    second = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [first, second]
+
+
+def set_rates(optimizers: Sequence[Optimizer], step: int, settings: Settings) -> None:
+    """Set the learning rates of a step: they rise, stay constant, and fall to 0."""
+    rising = (step + 1) / settings.warmup
+    falling = (1 - step / settings.steps) / settings.falling
+    factor = min(1.0, rising, falling)
+    for optimizer, rate in zip(
+        optimizers, (settings.matrix_rate, settings.learning_rate), strict=True
+    ):
+        optimizer.param_groups[0]["lr"] = rate * factor
+
+
+def train_epoch(run: Run[GPT], tokens: Tensor, settings: Settings) -> None:
+    """Train from the checkpoint on to the end of this part of the run.
+
+    A window may cross from one document into the next; the mark between them tells.
+    """
+    model = run.model.train()
+    width = settings.context + 1
+    starts = draw_windows(len(tokens), width, settings.steps * settings.batch_size, run.seed)
+    parts = starts.view(settings.steps, settings.batch_size).tensor_split(run.epochs)
+    for batch in run.steps(parts[run.progress.epoch].unbind()):
+        set_rates(run.optimizers, run.progress.step, settings)
+        windows = tokens[batch.unsqueeze(1) + torch.arange(width)].to(run.device)  # (B, T + 1)
+        logits = model(windows[:, :-1])
+        labels = windows[:, 1:]  # shifted by one: after each token comes the next
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        model.zero_grad()
+        loss.backward()
+        for optimizer in run.optimizers:
+            optimizer.step()
+        run.add(loss, 1)
+
+
+@torch.inference_mode()
+def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
+    """Return how many bits each token costs, -log2 of its probability, but for the marks.
+
+    The tokens of all documents stand end to end. A document is cut into windows of the context's
+    size, which don't overlap: at the start of one, the network knows only the token before.
+    """
+    model.eval()
+    context = model.sizes.context
+    device = model.embedding.weight.device
+    inputs = [part for ids in documents for part in ids[:-1].split(context)]
+    labels = [part for ids in documents for part in ids[1:].split(context)]
+    bits = [torch.zeros(0)]
+    for start in range(0, len(inputs), WINDOWS):
+        rows = slice(start, start + WINDOWS)
+        tokens = pad_sequence(inputs[rows], batch_first=True).to(device)
+        label = pad_sequence(labels[rows], batch_first=True, padding_value=IGNORED).to(device)
+        nats = F.cross_entropy(model(tokens).flatten(0, 1), label.flatten(), reduction="none")
+        bits.append(nats[label.flatten() != IGNORED].cpu() / math.log(2))
+    return torch.cat(bits).double()
+
+
+def validate(run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer) -> float:
+    """Save the network; return its mean loss on what is held out, in nats per token.
+
+    Raises FloatingPointError if that is not finite.
+    """
+    loss = measure_bits(run.model, corpus.held_out).mean().item() * math.log(2)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the validation loss became {loss}; lower rates may help")
+    with going_on(strict=run.in_last_epoch):
+        save_model(run.out, run.model, tokenizer)
+    return loss
+
+
+def train(
+    run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer, settings: Settings
+) -> Iterator[Epoch]:
+    """Train to the last epoch; yield the numbers of each epoch once they are saved."""
+    with run.stoppable():
+        while not run.ended:
+            train_epoch(run, corpus.tokens, settings)
+            run.end_epoch(validate(run, corpus, tokenizer))
+            yield run.progress.rows[-1]
+
+
+def compress(content: bytes, given: bytes = b"") -> dict[str, float]:
+    """Return the bits per byte that compressors need, alone and given another content before."""
+    methods = {
+        "bz2 -9": lambda text: bz2.compress(text, 9),
+        "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+    }
+    with ThreadPoolExecutor() as pool:
+        sizes = {
+            name: [pool.submit(method, text) for text in (content, given + content, given)]
+            for name, method in methods.items()
+        }
+    bits = 8 / len(content)
+    found = {}
+    for name, futures in sizes.items():
+        size, size_of_both, size_of_given = (len(future.result()) for future in futures)
+        found[name] = bits * size
+        if given:
+            found[f"{name}, given the training files"] = bits * (size_of_both - size_of_given)
+    return found
+
+
+def sample(model: GPT, tokenizer: Tokenizer, count: int, seed: int) -> list[str]:
+    """Return documents that the network writes from nothing, up to its context."""
+    prompts = [[MARK_ID]] * count
+    seeds = range(seed, seed + count)
+    columns = next_tokens(
+        model, prompts, Sampling(temperature=0.8), seeds, model.sizes.context, end=MARK_ID
+    )
+    rows = zip(*columns, strict=True)
+    return [tokenizer.decode([token for token in row if token is not None]) for row in rows]
+
+
+def save_results(
+    run: Run[GPT], documents: Documents, corpus: Corpus, tokenizer: Tokenizer
+) -> tuple[float, dict[str, float], list[str]]:
+    """Save and return the bits per byte, those of compressors, and samples."""
+    bits = measure_bits(run.model, corpus.held_out).sum().item() / corpus.held_out_bytes
+    held_out, training = (
+        "".join(texts).encode() for texts in (documents.held_out, documents.training)
+    )
+    compressors = compress(held_out, training)
+    texts = sample(run.model, tokenizer, SAMPLES, run.seed)
+    shared = longest_shared_runs(texts, "".join(documents.training))
+    samples = [
+        {"text": text, "longest_shared_run": length}
+        for text, length in zip(texts, shared, strict=True)
+    ]
+    run.save_metrics(bits_per_byte=bits, compressors=compressors, samples=samples)
+    return bits, compressors, texts
+
+
+def show_training(epochs: Iterator[Epoch], steps: int, bits_per_nat: float) -> None:
+    """Print the results of each epoch as it ends."""
+    print("steps  training loss  validation loss  bits per byte  seconds", flush=True)
+    for epoch, training, validation, seconds in epochs:
+        print(
+            f"{-(-epoch * steps // EPOCHS):5}  {training:13.4f}  {validation:15.4f}"
+            f"  {validation * bits_per_nat:13.4f}  {seconds:7.1f}",
+            flush=True,
+        )
+
+
+def show_compressors(bits: float, compressors: dict[str, float]) -> None:
+    """Print the bits per byte of the network and of compressors."""
+    print(f"{bits:7.3f}  this network")
+    for name, needed in compressors.items():
+        print(f"{needed:7.3f}  {name}")
+
+
+def readable(text: str) -> str:
+    """Replace what could steer a terminal, but not line breaks and tabs."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
+def show_results(run: Run[GPT], documents: Documents, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Measure the network; print bits per byte, and three samples."""
+    bits, compressors, texts = save_results(run, documents, corpus, tokenizer)
+    print(f"\nBits per byte of {corpus.held_out_bytes:,} bytes that were held out")
+    show_compressors(bits, compressors)
+    for text in texts[:3]:
+        print(f"\n--- a sample at temperature 0.8\n{readable(text)}")
+
+
+def show_writing(
+    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int, stop: str | None
+) -> None:
+    """Print a prompt and its continuation, up to an end or to the end of the context."""
+    context = model.sizes.context
+    ids = [MARK_ID, *tokenizer.encode(prompt).ids]
+    if len(ids) >= context:
+        raise OSError(f"the prompt has {len(ids) - 1:,} tokens; at most {context - 2:,} fit")
+    written: list[int] = []
+
+    def tokens() -> Iterator[int]:
+        for (token,) in next_tokens(model, [ids], sampling, [seed], context, end=MARK_ID):
+            if token is not None:
+                written.append(token)
+                yield token
+
+    pieces = decode_stream(tokenizer, tokens())
+    print(readable(prompt), end="", flush=True)
+    for piece in until(pieces, stop) if stop else pieces:
+        print(readable(piece), end="", flush=True)
+    print()
+    if len(ids) + len(written) == context:
+        say(f"stopped at {context:,} tokens: the network takes no more")
+
+
+def shade(bits: float) -> str:
+    """Return a sign for what a token costs: up to 1 bit, 2, 4, 8, and more."""
+    return " ░▒▓█"[sum(bits > limit for limit in (1, 2, 4, 8))]
+
+
+def show_bits(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
+    """Print a text with a shade below each character, and its bits per byte."""
+    content = path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise OSError(f"{path} is not UTF-8") from None
+    if not text:
+        raise OSError(f"{path} is empty")
+    encoding = tokenizer.encode(text)
+    bits = measure_bits(model, [torch.tensor([MARK_ID, *encoding.ids])])
+    shades = [" "] * len(text)
+    for (start, end), cost in zip(encoding.offsets, bits.tolist(), strict=True):
+        shades[start:end] = shade(cost) * (end - start)
+    start = 0
+    for line in text.split("\n"):
+        print(printable(line.replace("\t", " ")))
+        print("".join(shades[start : start + len(line) + 1]).rstrip())
+        start += len(line) + 1
+    print(f"{len(bits):,} tokens, {bits.sum():,.0f} bits; bits per byte of {len(content):,} bytes:")
+    show_compressors(bits.sum().item() / len(content), compress(content))
+
+
+def prompt(text: str) -> str:
+    """Parse --write."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if any(category(character) == "Cs" for character in text):  # a byte that isn't UTF-8
+        raise argparse.ArgumentTypeError("must be UTF-8")
+    return text
+
+
+def existing_folder(text: str) -> Path:
+    """Parse --data."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
+    return Path(text)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Parse the command line."""
+    parser = make_parser(__doc__, "gpt")
+    add = parser.add_argument
+    once = parser.add_mutually_exclusive_group().add_argument
+    add("--data", type=existing_folder, metavar="DIR", help="folder of .py files to learn from")
+    once("--resume", action="store_true", help="continue from a checkpoint, if there is one")
+    once("--restart", action="store_true", help="begin anew; old results move to previous/")
+    add("--save-minutes", type=number(0.0, 1e6), default=10.0, help="between checkpoints")
+    add("--write", type=prompt, metavar="TEXT", help="continue a text and exit")
+    add("--temperature", type=number(0.0, 100.0), default=0.8, help="of --write; 0: no chance")
+    add("--top-k", type=number(0, 10_000_000), default=0, help="draw from the k likeliest; 0: all")
+    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="draw from the likeliest, up to p")
+    add("--stop", type=prompt, metavar="TEXT", help="end before this text is written")
+    add("--bits", type=Path, metavar="FILE", help="show what each token of a text costs and exit")
+    add_settings(parser, {"tiny": Settings()})
+    args = parser.parse_args(argv)
+    try:
+        return args, read_settings(args, Settings())
+    except ValueError as error:
+        parser.error(f"argument {error}")
+
+
+def make_run(
+    out: Path,
+    settings: Settings,
+    corpus: Corpus,
+    vocab_size: int,
+    device: torch.device,
+    seed: int,
+    save_minutes: float,
+) -> Run[GPT]:
+    """Make a network and its optimizers, and the run that trains it on the corpus."""
+    torch.manual_seed(seed)
+    model = GPT(settings.sizes(vocab_size)).to(device)
+    fixed: dict[str, Any] = {"text": checksum({"tokens": corpus.tokens})} | asdict(settings)
+    optimizers = make_optimizers(model, settings)
+    epochs = min(EPOCHS, settings.steps)
+    return Run(out, model, optimizers, fixed, epochs, seed, save_minutes=save_minutes)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, test and save, or use what was trained; return the exit status."""
+    started = time.perf_counter()
+    args, settings = parse(argv)
+    out = args.out
+    if args.write is not None or args.bits is not None:
+        model, tokenizer = open_model(out)
+        model.to(args.device)
+        if args.bits is not None:
+            show_bits(model, tokenizer, args.bits)
+        else:
+            sampling = Sampling(args.temperature, args.top_k, args.top_p)
+            show_writing(model, tokenizer, args.write, sampling, args.seed, args.stop)
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        check_start(out, args.resume, args.restart)
+        documents = read_documents(args.data or standard_library())
+        tokenizer = learn_tokenizer(documents.training[::4], settings.vocab_size)
+        corpus = encode(documents, tokenizer, settings.context)
+        set_aside(out, RESULTS, args.resume)
+        vocab_size = tokenizer.get_vocab_size()
+        run = make_run(out, settings, corpus, vocab_size, args.device, args.seed, args.save_minutes)
+        run.resume()
+        count = sum(p.numel() for p in run.model.parameters())
+        print(f"{count:,} parameters on {args.device}, {len(corpus.tokens):,} tokens\n")
+        held_out = sum(len(ids) - 1 for ids in corpus.held_out)
+        bits_per_nat = held_out / corpus.held_out_bytes / math.log(2)
+        show_training(train(run, corpus, tokenizer, settings), settings.steps, bits_per_nat)
+        show_results(run, documents, corpus, tokenizer)
+        print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,8 +1,11 @@
 """The network of gpt.py beside that of `transformers`, and the folder that both open."""
 
+import bz2
 import json
+import lzma
 import math
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +13,14 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gpt as G
 from decoding.cache import Cache
 from inputs.documents import learn_tokenizer
 from inputs.pretrained import published_name
 from make_models import MODELS, SIZES, TEXT, draw_weights, loss_of
+from running.shell import Stopped
 
 TINY = G.Sizes(264, 8, 2, 4, 2, 4, 16, 64, tied=False)
 
@@ -301,3 +306,218 @@ def test_transformers_opens_what_was_saved(tied, tmp_path):
     assert tokenize(text).input_ids == tokenizer.encode(text).ids
     assert tokenize.decode(tokenize(text).input_ids) == text
     assert tokenize.eos_token_id == theirs.config.eos_token_id == G.MARK_ID
+
+
+# Training, writing, and measuring
+
+
+SETTINGS = G.Settings(
+    d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, d_ff=16, context=16, vocab_size=300,
+    steps=10, batch_size=2, warmup=2,
+)  # fmt: skip
+OPTIONS = (
+    "--d-model", 16, "--num-layers", 1, "--num-heads", 2, "--num-kv-heads", 1, "--d-ff", 16,
+    "--context", 64, "--vocab-size", 300, "--steps", 6, "--batch-size", 2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of small .py files."""
+    folder = tmp_path_factory.mktemp("data")
+    for n in range(40):
+        text = TEXT.replace("add", f"add{n}") + f"x = 'für {n}'\n"
+        (folder / f"file{n}.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(data):
+    """The documents of that folder, their tokenizer, and their tokens."""
+    documents = G.read_documents(data)
+    tokenizer = learn_tokenizer(documents.training, SETTINGS.vocab_size)
+    return documents, tokenizer, G.encode(documents, tokenizer, SETTINGS.context)
+
+
+def start(out, prepared, seed=0, settings=SETTINGS):
+    _, tokenizer, corpus = prepared
+    out.mkdir(exist_ok=True)
+    cpu = torch.device("cpu")
+    return G.make_run(out, settings, corpus, tokenizer.get_vocab_size(), cpu, seed, 10.0)
+
+
+def train(run, prepared, settings=SETTINGS):
+    _, tokenizer, corpus = prepared
+    return [row[:3] for row in G.train(run, corpus, tokenizer, settings)]
+
+
+@pytest.mark.parametrize("stop_at", [1, 6])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, prepared, monkeypatch, stop_at):
+    expected = start(tmp_path / "whole", prepared)
+    rows = train(expected, prepared)
+    run = start(tmp_path / "stopped", prepared)
+    add = run.add
+
+    def add_and_stop(loss, count):
+        add(loss, count)
+        if run.progress.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run, "add", add_and_stop)
+    with pytest.raises(Stopped):
+        train(run, prepared)
+    run = start(tmp_path / "stopped", prepared)
+    run.resume()
+    assert run.progress.step == stop_at + 1
+    train(run, prepared)
+    assert [row[:3] for row in run.progress.rows] == rows
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert str(run.optimizers[0].state_dict()) == str(expected.optimizers[0].state_dict())
+
+
+def test_it_learns_and_the_validation_is_that_of_the_saved_network(tmp_path, prepared):
+    settings = replace(SETTINGS, steps=60, batch_size=8)
+    run = start(tmp_path / "out", prepared, settings=settings)
+    rows = train(run, prepared, settings)
+    first = math.log(run.model.sizes.vocab_size)
+    assert rows[0][1] < first
+    assert rows[-1][2] < 0.7 * first
+    model, _ = G.open_model(tmp_path / "out")
+    bits = G.measure_bits(model, prepared[2].held_out)
+    assert bits.mean().item() * math.log(2) == pytest.approx(rows[-1][2])
+
+
+def test_a_loss_that_is_no_number_is_not_saved(tmp_path, prepared):
+    run = start(tmp_path / "out", prepared)
+    nn.init.constant_(run.model.norm.weight, math.nan)
+    with pytest.raises(FloatingPointError, match="validation loss became nan"):
+        G.validate(run, prepared[2], prepared[1])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_rates_rise_stay_and_fall():
+    settings = replace(SETTINGS, steps=100, warmup=10, falling=0.5)
+    optimizers = G.make_optimizers(G.GPT(TINY), settings)
+    rates = []
+    for step in range(100):
+        G.set_rates(optimizers, step, settings)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+    share = np.array(rates) / [settings.matrix_rate, settings.learning_rate]
+    expected = [min(1, (n + 1) / 10, (100 - n) / 50) for n in range(100)]
+    np.testing.assert_allclose(share, np.outer(expected, [1, 1]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("muon", [False, True])
+def test_each_weight_has_one_optimizer_and_matrices_of_layers_have_muon(muon, tied):
+    model = G.GPT(replace(TINY, tied=tied))
+    optimizers = G.make_optimizers(model, replace(SETTINGS, muon=muon))
+    groups = [{id(p) for p in o.param_groups[0]["params"]} for o in optimizers]
+    assert groups[0] == {id(p) for p in model.layers.parameters() if p.dim() == 2}
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(p) for p in model.parameters()}
+    assert isinstance(optimizers[0], torch.optim.Muon if muon else torch.optim.AdamW)
+
+
+def test_bits_are_those_of_each_token_in_windows_that_do_not_overlap():
+    model = draw_weights(G.GPT(TINY))
+    documents = [F.pad(draw(n), (1, 0), value=G.MARK_ID) for n in (150, 1, 0, 64)]
+    found = G.measure_bits(model, documents)
+    expected = []
+    for ids in documents:
+        for t in range(1, len(ids)):
+            begin = (t - 1) // 64 * 64
+            log_p = model(ids[None, begin:t])[0, -1].log_softmax(dim=-1)
+            expected.append(-log_p[ids[t]].item() / math.log(2))
+    assert len(found) == 150 + 1 + 64
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    apart = torch.cat([G.measure_bits(model, [ids]) for ids in documents])
+    torch.testing.assert_close(found, apart, rtol=1e-5, atol=0)
+
+
+def test_compressors_are_measured_alone_and_given_another_text():
+    text, given = b"abc" * 50 + b"xyz", bytes(range(256))
+    found = G.compress(text, given)
+    assert found["bz2 -9"] == 8 * len(bz2.compress(text, 9)) / 153
+    preset = 9 | lzma.PRESET_EXTREME
+    more = len(lzma.compress(given + text, preset=preset)) - len(
+        lzma.compress(given, preset=preset)
+    )
+    assert found["xz -9e, given the training files"] == 8 * more / 153
+    assert len(found) == 4
+    assert list(G.compress(text)) == ["bz2 -9", "xz -9e"]
+
+
+def test_a_run_as_a_person_runs_it(run_script, tmp_path, data):
+    done = run_script("gpt.py", "--data", data, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "gpt"
+    metrics = json.loads((out / "metrics.json").read_bytes())
+    assert f"{metrics['bits_per_byte']:7.3f}  this network" in done.stdout
+    for name, bits in metrics["compressors"].items():
+        assert f"{bits:7.3f}  {name}" in done.stdout
+    assert len(metrics["samples"]) == 20
+    assert len({each["text"] for each in metrics["samples"]}) == 20
+    assert done.stdout.count("a sample at temperature 0.8") == 3
+    assert len(metrics["epochs"]) == 5
+    documents = G.read_documents(data)
+    size = sum(len(text.encode()) for text in documents.held_out)
+    model, tokenizer = G.open_model(out)
+    bits = G.measure_bits(model, G.encode_documents(tokenizer, documents.held_out))
+    assert metrics["bits_per_byte"] == pytest.approx(bits.sum().item() / size)
+
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = run_script("gpt.py", "--data", data, *OPTIONS)
+    assert (again.returncode, again.stderr.count("\n")) == (1, 1)
+    assert "--resume continues it" in again.stderr
+    for prompt in ("def", "<|endoftext|>"):
+        written = run_script("gpt.py", "--write", prompt)
+        assert (written.returncode, written.stdout[: len(prompt)]) == (0, prompt)
+    assert written.stdout == run_script("gpt.py", "--write", prompt).stdout
+    assert written.stdout != run_script("gpt.py", "--write", prompt, "--seed", 1).stdout
+    cold = [run_script("gpt.py", "--write", "x", *cold).stdout for cold in COLD]
+    assert cold[0] == cold[1]
+    assert "stopped at 64 tokens" in run_script("gpt.py", "--write", "x", "--seed", 5).stderr
+    letter = cold[0][3]
+    stopped = run_script("gpt.py", "--write", "x", "--temperature", 0, "--stop", letter)
+    assert stopped.stdout == f"x{cold[0][1:].partition(letter)[0]}\n"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+    path = data / "file3.py"
+    shown = run_script("gpt.py", "--bits", path)
+    lines = shown.stdout.splitlines()
+    assert lines[0] == "def add3(a, b):"
+    text = path.read_text(encoding="utf-8")
+    cost = G.measure_bits(model, G.encode_documents(tokenizer, [text])).sum().item()
+    assert f"{cost / len(text.encode()):7.3f}  this network" in lines
+
+    for arguments, status, message in bad_inputs(data, text):
+        refused = run_script("gpt.py", *arguments)
+        assert (refused.returncode, message in refused.stderr) == (status, True), refused.stderr
+        assert refused.stderr.splitlines()[-1].count("gpt.py: ") == 1
+        assert refused.stdout == ""
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+COLD = [("--temperature", 0), ("--top-k", 1, "--seed", 7)]
+
+
+def bad_inputs(data, text):
+    """Yield options, and how they are refused."""
+    (data / "latin.txt").write_bytes(b"\xfc")
+    (data / "empty.txt").write_bytes(b"")
+    (data / "no documents").mkdir()
+    yield ["--write", ""], 2, "argument --write: must not be empty"
+    yield ["--write", "\udcfc"], 2, "argument --write: must be UTF-8"
+    yield ["--write", text * 9], 1, "tokens; at most 62 fit"
+    yield ["--write", "x", "--out", data], 1, "config.json: there is no such file"
+    yield ["--write", "x", "--top-p", 0], 2, "--top-p: must be between"
+    yield ["--bits", data / "latin.txt"], 1, "latin.txt is not UTF-8"
+    yield ["--bits", data / "empty.txt"], 1, "empty.txt is empty"
+    yield ["--bits", data / "missing.txt"], 1, "No such file"
+    yield ["--data", data / "nowhere"], 2, "argument --data: must be a folder"
+    yield ["--data", data / "no documents", "--restart"], 1, "has no text in .py files"
+    yield ["--data", data, "--context", 100_000, "--restart"], 1, "too few for a context"
+    yield ["--d-model", 18, "--num-heads", 4], 2, "--d-model: must be divisible"
+    yield ["--num-heads", 4, "--num-kv-heads", 3], 2, "--num-heads: must be divisible"
