@@ -493,13 +493,14 @@ def save_results(
     return bits, compressors, texts
 
 
-def show_training(epochs: Iterator[Epoch], steps: int, bits_per_nat: float) -> None:
-    """Print the results of each epoch as it ends."""
+def show_training(run: Run[GPT], epochs: Iterator[Epoch], bits_per_nat: float) -> None:
+    """Print the results of each epoch of the run as it ends."""
     print("steps  training loss  validation loss  bits per byte  seconds", flush=True)
-    for epoch, training, validation, seconds in epochs:
+    for _, training, validation, seconds in epochs:
+        bits = validation * bits_per_nat
         print(
-            f"{-(-epoch * steps // EPOCHS):5}  {training:13.4f}  {validation:15.4f}"
-            f"  {validation * bits_per_nat:13.4f}  {seconds:7.1f}",
+            f"{run.progress.step:5}  {training:13.4f}  {validation:15.4f}  {bits:13.4f}"
+            f"  {seconds:7.1f}",
             flush=True,
         )
 
@@ -664,7 +665,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{count:,} parameters on {args.device}, {len(corpus.tokens):,} tokens\n")
         held_out = sum(len(ids) - 1 for ids in corpus.held_out)
         bits_per_nat = held_out / corpus.held_out_bytes / math.log(2)
-        show_training(train(run, corpus, tokenizer, settings), settings.steps, bits_per_nat)
+        show_training(run, train(run, corpus, tokenizer, settings), bits_per_nat)
         show_results(run, documents, corpus, tokenizer)
         print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s")
     return 0

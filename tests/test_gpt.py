@@ -4,6 +4,7 @@ import bz2
 import json
 import lzma
 import math
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -306,6 +307,10 @@ def test_transformers_opens_what_was_saved(tied, tmp_path):
     assert tokenize(text).input_ids == tokenizer.encode(text).ids
     assert tokenize.decode(tokenize(text).input_ids) == text
     assert tokenize.eos_token_id == theirs.config.eos_token_id == G.MARK_ID
+    written = theirs.generate(tokens[:1], max_new_tokens=20, do_sample=False)[0, 10:].tolist()
+    prompt = tokens[0].tolist()
+    columns = G.next_tokens(model, [prompt], G.Sampling(0), [0], context=30, end=G.MARK_ID)
+    assert [token for (token,) in columns] == [token for token in written if token != G.MARK_ID]
 
 
 # Training, writing, and measuring
@@ -461,6 +466,8 @@ def test_a_run_as_a_person_runs_it(run_script, tmp_path, data):
     assert len({each["text"] for each in metrics["samples"]}) == 20
     assert done.stdout.count("a sample at temperature 0.8") == 3
     assert len(metrics["epochs"]) == 5
+    steps = re.findall(r"^ +(\d+)  .*\d$", done.stdout, re.MULTILINE)
+    assert steps == ["2", "3", "4", "5", "6"]
     documents = G.read_documents(data)
     size = sum(len(text.encode()) for text in documents.held_out)
     model, tokenizer = G.open_model(out)
