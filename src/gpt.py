@@ -2,10 +2,10 @@
 """A language model like today's open ones learns Python, and is weighed as a compressor.
 
 Run `poetry run src/gpt.py`. It builds the network of Llama (Touvron et al. 2023, arXiv 2302.13971)
-and trains it on Python's own standard library in about 4 minutes. What predicts a text well could
-compress it, so the loss is given in bits per byte, beside what bz2 and xz need. Results go to
-runs/gpt/, where `--write "def "` continues a text, and `--bits FILE` shows what surprises the
-network. `transformers` opens that folder, too.
+and trains it on Python's own standard library. What predicts a text well could compress it, so the
+loss is given in bits per byte, beside what bz2 and xz need. Results go to runs/gpt/, where `--write
+"def "` continues a text, and `--bits FILE` shows what surprises the network. `transformers` opens
+that folder, too.
 """
 
 import argparse
@@ -49,6 +49,7 @@ from running.settings import add_settings, check_settings, flag, read_settings, 
 from running.shell import (
     checksum,
     command,
+    existing_folder,
     make_parser,
     number,
     printable,
@@ -512,7 +513,7 @@ def show_compressors(bits: float, compressors: dict[str, float]) -> None:
         print(f"{needed:7.3f}  {name}")
 
 
-def readable(text: str) -> str:
+def printable_lines(text: str) -> str:
     """Replace what could steer a terminal, but not line breaks and tabs."""
     return "".join(c if c in "\n\t" else printable(c) for c in text)
 
@@ -523,7 +524,7 @@ def show_results(run: Run[GPT], documents: Documents, corpus: Corpus, tokenizer:
     print(f"\nBits per byte of {corpus.held_out_bytes:,} bytes that were held out")
     show_compressors(bits, compressors)
     for text in texts[:3]:
-        print(f"\n--- a sample at temperature 0.8\n{readable(text)}")
+        print(f"\n--- a sample at temperature 0.8\n{printable_lines(text)}")
 
 
 def show_writing(
@@ -543,9 +544,9 @@ def show_writing(
                 yield token
 
     pieces = decode_stream(tokenizer, tokens())
-    print(readable(prompt), end="", flush=True)
+    print(printable_lines(prompt), end="", flush=True)
     for piece in until(pieces, stop) if stop else pieces:
-        print(readable(piece), end="", flush=True)
+        print(printable_lines(piece), end="", flush=True)
     print()
     if len(ids) + len(written) == context:
         say(f"stopped at {context:,} tokens: the network takes no more")
@@ -586,13 +587,6 @@ def prompt(text: str) -> str:
     if any(category(character) == "Cs" for character in text):  # a byte that isn't UTF-8
         raise argparse.ArgumentTypeError("must be UTF-8")
     return text
-
-
-def existing_folder(text: str) -> Path:
-    """Parse --data."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
-    return Path(text)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:

@@ -60,6 +60,7 @@ from running.settings import add_settings, check_settings, flag, read_settings, 
 from running.shell import (
     clear_parts,
     command,
+    existing_folder,
     make_parser,
     number,
     open_weights,
@@ -497,13 +498,6 @@ def show_results(run: Run, folder: Path, languages: Sequence[str], tests: Tests,
         for (source, target), text in list(zip(pairs, found[name], strict=True))[:3]:
             print(f"\n  {printable(source)}\n  {printable(text or '')}")
             print(f"  {printable(target)} (reference)")
-
-
-def existing_folder(text: str) -> Path:
-    """Parse --data."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder of parallel text, got {text!r}")
-    return Path(text)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:

@@ -1,7 +1,7 @@
 """A cache for the keys and values of a network that writes token by token.
 
-Without it, each step computes the keys and values of all earlier tokens again. transformer.py and
-search.py write within `with Cache(model, memory) as cache:`, and pass only the new tokens.
+Without it, each step computes the keys and values of all earlier tokens again. transformer.py,
+search.py and sampling.py write within a `Cache`, and pass only the new tokens.
 """
 
 from typing import Protocol, Self, runtime_checkable

@@ -122,6 +122,13 @@ def folder(name: str) -> Path:
     return Path(name)
 
 
+def existing_folder(text: str) -> Path:
+    """Parse --data."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
+    return Path(text)
+
+
 def number(low: float, high: float) -> Callable[[str], float]:
     """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
 
