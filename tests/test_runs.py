@@ -22,7 +22,7 @@ BATCHES = torch.arange(12).float().view(4, 3)
 def start(out, epochs=3, seed=5, settings=None, conditions=None, **options):
     """Make a run with two optimizers, one of them for matrices."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1, bias=False))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizers = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(others, fused=True)]
@@ -44,6 +44,8 @@ def train(run, stop_at=None, number=signal.SIGTERM):
                     signal.raise_signal(number)
                 run.add(loss, 1)
             run.end_epoch(float(run.progress.epoch))
+            if run.progress.epoch == 1:
+                run.keep("first-epoch.pt")
     return run
 
 
@@ -180,6 +182,24 @@ def test_moments_of_another_shape_are_refused_before_they_crash(out):
         start(out).resume()
 
 
+def test_missing_moments_are_refused_before_they_crash(out):
+    for name in (runs.NEWEST, runs.BEFORE):
+        state = torch.load(out / name, weights_only=True)
+        del state["optimizers"][1]["state"][0]["exp_avg"]
+        torch.save(state, out / name)
+    with pytest.raises(OSError, match="not all parameters have the same moments"):
+        start(out).resume()
+
+
+def test_a_checkpoint_that_is_kept_goes_on_to_the_same_end(tmp_path):
+    expected = state_of(train(start(tmp_path)))
+    (tmp_path / "first-epoch.pt").replace(tmp_path / runs.NEWEST)
+    run = start(tmp_path)
+    run.resume()
+    assert run.progress.step == len(BATCHES)
+    assert state_of(train(run)) == expected
+
+
 def test_what_is_not_a_number_stops_the_run_and_is_not_saved(out):
     before = (out / runs.NEWEST).read_bytes()
     run = start(out)
@@ -197,8 +217,8 @@ def test_old_files_are_set_aside_and_others_stay(out):
     (out / "model.safetensors").write_text("old")
     runs.set_aside(out, ["model.safetensors"], resume=True)
     assert (out / runs.NEWEST).exists()
-    runs.set_aside(out, ["model.safetensors"], resume=False)
-    names = {*runs.FILES, "model.safetensors"}
+    runs.set_aside(out, ["model.safetensors", "first-epoch.pt"], resume=False)
+    names = {*runs.FILES, "model.safetensors", "first-epoch.pt"}
     assert {path.name for path in (out / "previous").iterdir()} == names
     assert {path.name for path in out.iterdir()} == {"notes.txt", "previous"}
 

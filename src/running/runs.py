@@ -210,9 +210,28 @@ class Run(Generic[Model]):
         by_first(save)
 
     def save(self) -> None:
-        """Write everything needed to continue; the checkpoint before this one is kept.
+        """Write a checkpoint; the one before is kept. Raises FloatingPointError like `pack`."""
+        content = self.pack()
+        before = self.out / BEFORE if self.newest_is_whole else None  # else that is the whole one
+        write(self.out / NEWEST, content, before)
+        self.newest_is_whole = True
 
-        Raises FloatingPointError if the weights are not finite; those in the file may still be.
+    def keep(self, name: str) -> None:
+        """Write a checkpoint of this name, too, which later ones don't replace.
+
+        Renamed to checkpoint.pt, it resumes the run from there.
+        """
+
+        def save() -> None:
+            with going_on(strict=self.in_last_epoch):
+                write(self.out / name, self.pack())
+
+        by_first(save)
+
+    def pack(self) -> bytes:
+        """Return everything needed to continue, as a file's content.
+
+        Raises FloatingPointError if the weights are not finite; those in a file may still be.
         """
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(
@@ -228,9 +247,7 @@ class Run(Generic[Model]):
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        before = self.out / BEFORE if self.newest_is_whole else None  # else that is the whole one
-        write(self.out / NEWEST, buffer.getvalue(), before)
-        self.newest_is_whole = True
+        return buffer.getvalue()
 
     def save_metrics(self, **results: Any) -> None:
         """Save the settings, the numbers of the epochs and results, and draw the losses."""
@@ -304,7 +321,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_moments(optimizer: Optimizer) -> None:
-    """Raise ValueError if one has another shape than its parameter, lest a fused step crash."""
+    """Raise ValueError if one is missing or has another shape, lest a step crash."""
+    if len({frozenset(moments) for moments in optimizer.state.values()}) > 1:
+        raise ValueError("not all parameters have the same moments")
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             shape = () if name == "step" else parameter.shape
