@@ -14,7 +14,7 @@ POETRY := .poetry/bin/python -m poetry
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
 
 help:
-	@echo 'make demo       set up, then run the five lessons, into runs/demo/'
+	@echo 'make demo       set up, then run the six lessons, into runs/demo/'
 	@echo 'make explore    set up, then open a page on which one can move things'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
@@ -29,6 +29,7 @@ demo: $(VENV_READY)
 	$(POETRY) run src/fashion-mnist.py --out runs/demo/fashion-mnist
 	$(POETRY) run src/attention.py --out runs/demo/attention
 	$(POETRY) run src/transformer.py --out runs/demo/transformer
+	$(POETRY) run src/gpt.py --steps 500 --out runs/demo/gpt --restart
 	$(POETRY) run src/translation.py --out runs/demo/translation --restart
 
 explore: $(EXPLORE_READY)

@@ -28,7 +28,7 @@ from transformer import Sizes, Transformer
 
 BUGS = tomllib.loads((ROOT / "src/exercises/exercises.toml").read_text(encoding="utf-8"))["bug"]
 PAGES = [f"{name}.md" for name in ("1-hello", "2-fashion-mnist", "3-attention", "4-transformer")]
-PAGES.append("5-translation.md")
+PAGES.append("6-translation.md")
 
 
 def rows(page):
@@ -423,7 +423,7 @@ def gradient(add_gradients, world):
 
 
 @makes(
-    "5-translation.md",
+    "6-translation.md",
     "each process",
     "not that of the whole batch",
     "changes with the number of processes",
@@ -441,7 +441,7 @@ def test_a_loss_divided_by_the_tokens_of_each_process_is_not_that_of_the_batch(c
 
 
 @makes(
-    "5-translation.md",
+    "6-translation.md",
     "all processes",
     "sets the same numbers to 0 in every process",
 )
@@ -460,7 +460,7 @@ def test_the_same_random_numbers_in_all_processes_hide_the_same(changed):
 
 
 @makes(
-    "5-translation.md",
+    "6-translation.md",
     "a beam",
     "worse than a translation that was already found",
 )
@@ -481,7 +481,7 @@ def test_a_beam_that_drops_finished_translations_ends_with_worse_ones(changed):
     assert worse
 
 
-@makes("5-translation.md", "pairs")
+@makes("6-translation.md", "pairs")
 def test_pairs_at_random_fill_a_batch_with_padding(changed, tmp_path, seen):
     old = "order = (lengths.amax(dim=1) + random).argsort(stable=True)"
     wrong = changed("inputs/pairs.py", old, "order = random.argsort()")["make_batches"]

@@ -350,9 +350,9 @@ def test_the_highest_learning_rate_by_hand():
 
 
 def test_scores_of_two_translations_by_hand():
-    (short,) = find("5-translation.md", "one token with log-probability", ", or one of")
-    (long,) = find("5-translation.md", "seven with", "? (The scores")
-    first, _, one, second, _, two = find("5-translation.md", "(The scores are $`", "`$: the longer")
+    (short,) = find("6-translation.md", "one token with log-probability", ", or one of")
+    (long,) = find("6-translation.md", "seven with", "? (The scores")
+    first, _, one, second, _, two = find("6-translation.md", "(The scores are $`", "`$: the longer")
     assert (first, second) == (short, long)
     assert (one, two) == pytest.approx((short / ((5 + 1) / 6), long / ((5 + 7) / 6)))
 
@@ -376,7 +376,7 @@ def test_a_layer_norm_by_hand():
 
 def test_a_beam_by_hand():
     diagrams = importlib.import_module("diagrams")
-    page, first, second = "5-translation.md", diagrams.FIRST, diagrams.SECOND
+    page, first, second = "6-translation.md", diagrams.FIRST, diagrams.SECOND
     a, the = find(page, "After the first word, *a* has probability", ". After the second")
     one, dog, total = find(page, "*a dog* has", ", and *the dog*")
     two, best_dog, best = find(page, "and *the dog* has", "; their logarithms")
