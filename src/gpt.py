@@ -4,16 +4,17 @@
 Run `poetry run src/gpt.py`. It builds the network of Llama (Touvron et al. 2023, arXiv 2302.13971)
 and trains it on Python's own standard library. What predicts a text well could compress it, so the
 loss is given in bits per byte, beside what bz2 and xz need. Results go to runs/gpt/, where `--write
-"def "` continues a text, and `--bits FILE` shows what surprises the network. `transformers` opens
-that folder, too.
+"def "` continues a text, `--bits FILE` shows what surprises the network, and `--zip FILE` makes a
+smaller file of it. `transformers` opens that folder, too.
 """
 
 import argparse
 import bz2
 import lzma
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 
 from attention import causal_mask
 from decoding.sampling import Sampling, decode_stream, next_tokens, until
+from decoding.zipping import unzip_bytes, zip_bytes
 from inputs.documents import (
     MARK,
     MARK_ID,
@@ -62,6 +64,10 @@ RESULTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_conf
 EPOCHS = 5  # parts of a run, each of which ends with a validation
 SAMPLES = 20
 WINDOWS = 32  # measured at once
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "bz2 -9": lambda content: bz2.compress(content, 9),
+    "xz -9e": lambda content: lzma.compress(content, preset=9 | lzma.PRESET_EXTREME),
+}
 IGNORED = -100  # the label of padding, which cross_entropy leaves out
 LIMITS = {  # of the sizes in a file; the weights in it have to have them, too
     "vocab_size": 1 << 20, "d_model": 1 << 16, "num_layers": 1000, "num_heads": 1 << 12,
@@ -445,14 +451,10 @@ def train(
 
 def compress(content: bytes, given: bytes = b"") -> dict[str, float]:
     """Return the bits per byte that compressors need, alone and given another content before."""
-    methods = {
-        "bz2 -9": lambda text: bz2.compress(text, 9),
-        "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
-    }
     with ThreadPoolExecutor() as pool:
         sizes = {
             name: [pool.submit(method, text) for text in (content, given + content, given)]
-            for name, method in methods.items()
+            for name, method in COMPRESSORS.items()
         }
     bits = 8 / len(content)
     found = {}
@@ -580,6 +582,53 @@ def show_bits(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
     show_compressors(bits.sum().item() / len(content), compress(content))
 
 
+def show_duration(seconds: float) -> None:
+    """Say how long something will take."""
+    duration = f"{math.ceil(seconds)} s" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
+    say(f"this takes about {duration} at most")
+
+
+def read_plain(path: Path) -> bytes:
+    """Read a file. Raises OSError if it is a folder, or nothing that has an end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a plain file")
+    return path.read_bytes()
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Raise OSError if there is a file already that must not be replaced."""
+    if not force and os.path.lexists(path):
+        raise OSError(f"{path} is there already; --force replaces it")
+
+
+def show_zipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> None:
+    """Write FILE.z; print its size beside those of compressors."""
+    target = path.with_name(f"{path.name}.z")
+    check_free(target, force)
+    content = read_plain(path)
+    zipped = zip_bytes(model, tokenizer, MARK_ID, content, show_duration)
+    check_free(target, force)
+    write(target, zipped)
+    print(f"{len(content):11,} bytes  {printable(path)}")
+    print(f"{len(zipped):11,} bytes  {printable(target)}")
+    for name, method in COMPRESSORS.items():
+        print(f"{len(method(content)):11,} bytes  {name}")
+
+
+def show_unzipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> None:
+    """Write the file of which FILE.z was made, as FILE."""
+    if path.suffix != ".z":
+        raise OSError(f"the name of {path} does not end in .z")
+    target = path.with_name(path.stem)
+    check_free(target, force)
+    zipped = read_plain(path)
+    with refusing(path, "can't unzip"):
+        content = unzip_bytes(model, tokenizer, MARK_ID, zipped, show_duration)
+    check_free(target, force)
+    write(target, content)
+    print(f"{len(content):11,} bytes  {printable(target)}")
+
+
 def prompt(text: str) -> str:
     """Parse --write."""
     if not text:
@@ -604,6 +653,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--top-p", type=number(1e-9, 1.0), default=1.0, help="draw from the likeliest, up to p")
     add("--stop", type=prompt, metavar="TEXT", help="end before this text is written")
     add("--bits", type=Path, metavar="FILE", help="show what each token of a text costs and exit")
+    add("--zip", type=Path, metavar="FILE", help="compress a file as FILE.z and exit")
+    add("--unzip", type=Path, metavar="FILE.z", help="write the file that was compressed and exit")
+    add("--force", action="store_true", help="let --zip and --unzip replace a file")
     add_settings(parser, {"tiny": Settings()})
     args = parser.parse_args(argv)
     try:
@@ -636,11 +688,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     args, settings = parse(argv)
     out = args.out
-    if args.write is not None or args.bits is not None:
+    if any(each is not None for each in (args.write, args.bits, args.zip, args.unzip)):
         model, tokenizer = open_model(out)
         model.to(args.device)
         if args.bits is not None:
             show_bits(model, tokenizer, args.bits)
+        elif args.zip is not None:
+            show_zipping(model, tokenizer, args.zip, args.force)
+        elif args.unzip is not None:
+            show_unzipping(model, tokenizer, args.unzip, args.force)
         else:
             sampling = Sampling(args.temperature, args.top_k, args.top_p)
             show_writing(model, tokenizer, args.write, sampling, args.seed, args.stop)
