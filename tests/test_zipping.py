@@ -171,7 +171,7 @@ def test_the_size_is_the_number_of_bits_that_is_measured(folder):
     model, tokenizer = G.open_model(MODELS / folder)
     content = (TEXT * 6).encode()
     zipped = zip_bytes(model, content, tokenizer)
-    *_, coded = Z.read_header(zipped)
+    _, coded = Z.unpack(zipped)
     ids = tokenizer.encode(content.decode()).ids
     assert len(ids) > 2 * model.sizes.context
     bits = G.measure_bits(model, [torch.tensor([MARK_ID, *ids])]).sum().item()
@@ -213,15 +213,21 @@ def test_other_networks_and_conditions_are_refused(model, monkeypatch):
             Z.unzip_bytes(changed, tokenizer, mark_id, zipped, print)
     now = Z.read_conditions(model)
     assert now == [torch.__version__, "cpu", "1"]
-    for name, place in (("torch", 0), ("device", 1), ("threads", 2)):
+    for name, place in (("torch", 0), ("--device", 1), ("OMP_NUM_THREADS", 2)):
         elsewhere = [*now[:place], "other", *now[place + 1 :]]
         monkeypatch.setattr(Z, "read_conditions", lambda _, found=elsewhere: found)
-        with pytest.raises(ValueError, match=re.escape(f"{name} {now[place]}; now it is other")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"it needs {name} {now[place]}; here is other")
+        ):
             unzip_bytes(model, zipped)
 
 
 def test_a_machine_that_rounds_otherwise_is_noticed(model, monkeypatch):
     zipped = zip_bytes(model, TEXT.encode())
+    header, coded = Z.unpack(zipped)
+    for changed in (header._replace(checksum=1), header._replace(length=1)):
+        with pytest.raises(ValueError, match="this machine computes something else"):
+            unzip_bytes(model, Z.pack(changed, coded))
     frequencies = Z.token_frequencies
     monkeypatch.setattr(Z, "token_frequencies", lambda logits: frequencies(logits * 1.001))
     with pytest.raises(ValueError, match="this machine computes something else"):
