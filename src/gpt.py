@@ -603,9 +603,9 @@ def check_free(path: Path, force: bool) -> None:
 
 def show_zipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> None:
     """Write FILE.z; print its size beside those of compressors."""
+    content = read_plain(path)
     target = path.with_name(f"{path.name}.z")
     check_free(target, force)
-    content = read_plain(path)
     zipped = zip_bytes(model, tokenizer, MARK_ID, content, show_duration)
     check_free(target, force)
     write(target, zipped)
@@ -617,9 +617,9 @@ def show_zipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> N
 
 def show_unzipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> None:
     """Write the file of which FILE.z was made, as FILE."""
-    if path.suffix != ".z":
-        raise OSError(f"the name of {path} does not end in .z")
-    target = path.with_name(path.stem)
+    target = Path(str(path).removesuffix(".z"))
+    if path.suffix != ".z" or not target.name:
+        raise OSError(f"{path} is not the name of a file and .z")
     check_free(target, force)
     zipped = read_plain(path)
     with refusing(path, "can't unzip"):
