@@ -43,8 +43,14 @@ from inputs.documents import (
     read_documents,
     standard_library,
 )
-from inputs.pretrained import make_config, make_tokenizer_config, published_name, read_config
-from inputs.text import open_tokenizer
+from inputs.gguf import Stored
+from inputs.pretrained import (
+    Published,
+    make_config,
+    make_tokenizer_config,
+    open_published,
+    published_name,
+)
 from running.processes import alone, say
 from running.runs import Epoch, Run, check_start, going_on, set_aside
 from running.settings import add_settings, check_settings, flag, read_settings, setting
@@ -55,7 +61,6 @@ from running.shell import (
     make_parser,
     number,
     printable,
-    read_weights,
     refusing,
     write,
 )
@@ -63,7 +68,8 @@ from running.shell import (
 RESULTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 EPOCHS = 5  # parts of a run, each of which ends with a validation
 SAMPLES = 20
-WINDOWS = 32  # measured at once
+AT_ONCE = 8192  # tokens are measured
+LOGITS = 1 << 23  # at once: with a large vocabulary, those of all tokens would fill the memory
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "bz2 -9": lambda content: bz2.compress(content, 9),
     "xz -9e": lambda content: lzma.compress(content, preset=9 | lzma.PRESET_EXTREME),
@@ -102,6 +108,7 @@ class Sizes:
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3
     scaling: Scaling | None = None  # Llama 3
+    factors: tuple[float, ...] | None = None  # the same for each frequency, as GGUF has it
 
     def __post_init__(self) -> None:
         """Raise ValueError if they make no network, as those in a file may."""
@@ -120,6 +127,8 @@ class Sizes:
 def frequencies(sizes: Sizes) -> Tensor:
     """Return how far each pair of numbers turns from one position to the next: (d_k / 2,)."""
     frequency = 1 / sizes.theta ** (torch.arange(0, sizes.d_k, 2) / sizes.d_k)
+    if sizes.factors is not None:
+        return frequency / torch.tensor(sizes.factors)
     if sizes.scaling is None:
         return frequency
     factor, low, high, context = sizes.scaling
@@ -276,28 +285,58 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     write(folder / "tokenizer_config.json", make_tokenizer_config(MARK, model.sizes.context))
 
 
-def open_model(folder: Path) -> tuple[GPT, Tokenizer]:
-    """Open a folder that this script or `transformers` has saved: the network, and its tokenizer.
+def check_tensors(found: dict[str, Stored], wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError unless these are the tensors that are wanted, with their shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    lacking = shapes.keys() - found.keys()
+    unknown = found.keys() - shapes.keys()
+    for what, names in (("it lacks", lacking), ("unknown are", unknown)):
+        if names:
+            some = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+            raise ValueError(
+                f"its weights have other sizes than its settings require: {what} {some}"
+            )
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise ValueError(
+                f"its weights have other sizes than its settings require: {name} is of shape"
+                f" {found[name].shape}, not {shape}"
+            )
 
-    Raises OSError if a file is missing, broken, or of another kind of network.
+
+def open_model(path: Path) -> tuple[GPT, Published]:
+    """Open a folder that this script or `transformers` has saved, or a GGUF file.
+
+    Return the network, and what else its files hold. Sizes are compared before a weight is read, so
+    that no file can ask for more memory than its own size. Raises OSError if a file is missing,
+    broken, or of another kind of network.
     """
-    message = "not a language model that this script can open"
-    with refusing(folder / "config.json", message):
-        sizes = Sizes(**read_config(folder / "config.json"))
+    with refusing(path, "not a language model that this script can open"):
+        published = open_published(path)
+        settings = published.settings
+        if settings.get("scaling"):
+            settings = settings | {"scaling": Scaling(*settings["scaling"])}
+        sizes = Sizes(**settings)
         with torch.device("meta"):  # takes no memory, whatever the file says
-            expected = published_weights(GPT(sizes))
-    with refusing(folder / "model.safetensors", message):
-        weights, _ = read_weights(folder / "model.safetensors", lambda _: expected)
-    with refusing(folder / "tokenizer.json", message):
-        tokenizer = open_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        if tokenizer.get_vocab_size() > sizes.vocab_size:
-            raise ValueError("it has more tokens than the network")
-        if tokenizer.id_to_token(MARK_ID) != MARK:
-            raise ValueError(f"its token {MARK_ID} is not {MARK}")
-    model = GPT(sizes)
-    for name, tensor in published_weights(model).items():
-        tensor.copy_(weights[name])
-    return model, tokenizer
+            model = GPT(sizes)
+        wanted = model.state_dict()
+        if sizes.tied:
+            del wanted["to_logits.weight"]
+        check_tensors(published.tensors, wanted)
+        if max(published.tokenizer.get_vocab().values()) >= sizes.vocab_size:
+            raise ValueError("its tokenizer has more tokens than the network")
+        weights = {name: published.tensors[name].read() for name in wanted}
+        # NaN is both limits of a tensor that has one; isfinite() of it would need its size again.
+        limits = [limit for tensor in weights.values() for limit in tensor.aminmax()]
+        if not all(limit.isfinite() for limit in limits):
+            raise ValueError("some of its weights are not finite")
+        named = {published_name(name): tensor for name, tensor in weights.items()}
+        if published.crc32 is not None and published.crc32 != checksum(named):
+            raise ValueError("it is broken: its checksum is wrong")
+        model.load_state_dict(weights, strict=False, assign=True)
+        if sizes.tied:
+            model.to_logits.weight = model.embedding.weight
+    return model, published
 
 
 @dataclass(frozen=True)
@@ -412,16 +451,21 @@ def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
     """
     model.eval()
     context = model.sizes.context
+    count = max(1, AT_ONCE // context)
+    part = LOGITS // model.sizes.vocab_size
     device = model.embedding.weight.device
     inputs = [part for ids in documents for part in ids[:-1].split(context)]
     labels = [part for ids in documents for part in ids[1:].split(context)]
     bits = [torch.zeros(0)]
-    for start in range(0, len(inputs), WINDOWS):
-        rows = slice(start, start + WINDOWS)
+    for start in range(0, len(inputs), count):
+        rows = slice(start, start + count)
         tokens = pad_sequence(inputs[rows], batch_first=True).to(device)
         label = pad_sequence(labels[rows], batch_first=True, padding_value=IGNORED).to(device)
-        nats = F.cross_entropy(model(tokens).flatten(0, 1), label.flatten(), reduction="none")
-        bits.append(nats[label.flatten() != IGNORED].cpu() / math.log(2))
+        real = label != IGNORED
+        known = model.hidden(tokens)[real].split(part)  # of some tokens, (N, d_model)
+        for x, next_token in zip(known, label[real].split(part), strict=True):
+            nats = F.cross_entropy(model.to_logits(x), next_token, reduction="none")
+            bits.append(nats.cpu() / math.log(2))
     return torch.cat(bits).double()
 
 
@@ -530,20 +574,23 @@ def show_results(run: Run[GPT], documents: Documents, corpus: Corpus, tokenizer:
 
 
 def show_writing(
-    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, seed: int, stop: str | None
+    model: GPT, published: Published, prompt: str, sampling: Sampling, seed: int, stop: str | None
 ) -> None:
     """Print a prompt and its continuation, up to an end or to the end of the context."""
     context = model.sizes.context
-    ids = [MARK_ID, *tokenizer.encode(prompt).ids]
+    tokenizer = published.tokenizer
+    mark = published.mark
+    ids = [mark, *tokenizer.encode(prompt).ids]
     if len(ids) >= context:
         raise OSError(f"the prompt has {len(ids) - 1:,} tokens; at most {context - 2:,} fit")
     written: list[int] = []
 
     def tokens() -> Iterator[int]:
-        for (token,) in next_tokens(model, [ids], sampling, [seed], context, end=MARK_ID):
-            if token is not None:
-                written.append(token)
-                yield token
+        for (token,) in next_tokens(model, [ids], sampling, [seed], context, end=mark):
+            if token is None or token in published.ends:
+                return
+            written.append(token)
+            yield token
 
     pieces = decode_stream(tokenizer, tokens())
     print(printable_lines(prompt), end="", flush=True)
@@ -559,7 +606,7 @@ def shade(bits: float) -> str:
     return " ░▒▓█"[sum(bits > limit for limit in (1, 2, 4, 8))]
 
 
-def show_bits(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
+def show_bits(model: GPT, published: Published, path: Path) -> None:
     """Print a text with a shade below each character, and its bits per byte."""
     content = path.read_bytes()
     try:
@@ -568,8 +615,10 @@ def show_bits(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
         raise OSError(f"{path} is not UTF-8") from None
     if not text:
         raise OSError(f"{path} is empty")
-    encoding = tokenizer.encode(text)
-    bits = measure_bits(model, [torch.tensor([MARK_ID, *encoding.ids])])
+    encoding = published.tokenizer.encode(text)
+    if published.tokenizer.decode(encoding.ids) != text:
+        say(f"not all of {path} has tokens: what is left out costs nothing here")
+    bits = measure_bits(model, [torch.tensor([published.mark, *encoding.ids])])
     shades = [" "] * len(text)
     for (start, end), cost in zip(encoding.offsets, bits.tolist(), strict=True):
         shades[start:end] = shade(cost) * (end - start)
@@ -601,12 +650,13 @@ def check_free(path: Path, force: bool) -> None:
         raise OSError(f"{path} is there already; --force replaces it")
 
 
-def show_zipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> None:
+def show_zipping(model: GPT, published: Published, path: Path, force: bool) -> None:
     """Write FILE.z; print its size beside those of compressors."""
     content = read_plain(path)
     target = path.with_name(f"{path.name}.z")
     check_free(target, force)
-    zipped = zip_bytes(model, tokenizer, MARK_ID, content, show_duration)
+    tokenizer = published.tokenizer
+    zipped = zip_bytes(model, tokenizer, published.mark, content, show_duration)
     check_free(target, force)
     write(target, zipped)
     print(f"{len(content):11,} bytes  {printable(path)}")
@@ -615,15 +665,16 @@ def show_zipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> N
         print(f"{len(method(content)):11,} bytes  {name}")
 
 
-def show_unzipping(model: GPT, tokenizer: Tokenizer, path: Path, force: bool) -> None:
+def show_unzipping(model: GPT, published: Published, path: Path, force: bool) -> None:
     """Write the file of which FILE.z was made, as FILE."""
     target = Path(str(path).removesuffix(".z"))
     if path.suffix != ".z" or not target.name:
         raise OSError(f"{path} is not the name of a file and .z")
     check_free(target, force)
     zipped = read_plain(path)
+    tokenizer = published.tokenizer
     with refusing(path, "can't unzip"):
-        content = unzip_bytes(model, tokenizer, MARK_ID, zipped, show_duration)
+        content = unzip_bytes(model, tokenizer, published.mark, zipped, show_duration)
     check_free(target, force)
     write(target, content)
     print(f"{len(content):11,} bytes  {printable(target)}")
@@ -648,6 +699,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     once("--restart", action="store_true", help="begin anew; old results move to previous/")
     add("--save-minutes", type=number(0.0, 1e6), default=10.0, help="between checkpoints")
     add("--write", type=prompt, metavar="TEXT", help="continue a text and exit")
+    add("--model", type=Path, metavar="PATH", help="folder or .gguf, in place of --out")
     add("--temperature", type=number(0.0, 100.0), default=0.8, help="of --write; 0: no chance")
     add("--top-k", type=number(0, 10_000_000), default=0, help="draw from the k likeliest; 0: all")
     add("--top-p", type=number(1e-9, 1.0), default=1.0, help="draw from the likeliest, up to p")
@@ -689,17 +741,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parse(argv)
     out = args.out
     if any(each is not None for each in (args.write, args.bits, args.zip, args.unzip)):
-        model, tokenizer = open_model(out)
+        model, published = open_model(args.model or out)
         model.to(args.device)
         if args.bits is not None:
-            show_bits(model, tokenizer, args.bits)
+            show_bits(model, published, args.bits)
         elif args.zip is not None:
-            show_zipping(model, tokenizer, args.zip, args.force)
+            show_zipping(model, published, args.zip, args.force)
         elif args.unzip is not None:
-            show_unzipping(model, tokenizer, args.unzip, args.force)
+            show_unzipping(model, published, args.unzip, args.force)
         else:
             sampling = Sampling(args.temperature, args.top_k, args.top_p)
-            show_writing(model, tokenizer, args.write, sampling, args.seed, args.stop)
+            show_writing(model, published, args.write, sampling, args.seed, args.stop)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):

@@ -29,9 +29,17 @@ SIZES = {
     "eos_token_id": MARK_ID,
 }  # fmt: skip
 
-FOLDERS = {
-    "llama": {"num_hidden_layers": 1, "tie_word_embeddings": False},
-    "llama-tied": {"tie_word_embeddings": True},
+SCALING = {  # which keeps one frequency of four, slows one down, and two in part
+    "rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 0.05,
+    "high_freq_factor": 0.5, "original_max_position_embeddings": 4,
+}  # fmt: skip
+SMALL = {"num_hidden_layers": 1, "tie_word_embeddings": True}
+FOLDERS = {  # the family, its settings, and how many tokens it reads
+    "llama": ("Llama", SMALL | {"tie_word_embeddings": False}, 7),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}, 7),
+    "llama-3": ("Llama", SMALL | {"head_dim": 8, "rope_parameters": SCALING}, 12),
+    "qwen-2": ("Qwen2", SMALL, 7),
+    "qwen-3": ("Qwen3", SMALL | {"head_dim": 8, "num_key_value_heads": 4}, 7),
 }
 
 
@@ -48,11 +56,13 @@ def draw_weights(model):
     return model
 
 
-def make_llama(folder, **settings):
-    """Save a Llama and its tokenizer in a folder; return the network."""
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def make_model(folder, family, **settings):
+    """Save a network of a family and its tokenizer in a folder; return the network."""
+    import transformers
+    from transformers import PreTrainedTokenizerFast
 
-    model = draw_weights(LlamaForCausalLM(LlamaConfig(**SIZES | settings)))
+    config = getattr(transformers, f"{family}Config")(**SIZES | settings)
+    model = draw_weights(getattr(transformers, f"{family}ForCausalLM")(config))
     model.save_pretrained(folder)
     tokenizer = learn_tokenizer([TEXT], SIZES["vocab_size"])
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK)
@@ -62,9 +72,9 @@ def make_llama(folder, **settings):
 
 def main():
     """Make the folders."""
-    for name, settings in FOLDERS.items():
-        model = make_llama(MODELS / name, **settings)
-        tokens = torch.randint(SIZES["vocab_size"], (1, 7))
+    for name, (family, settings, length) in FOLDERS.items():
+        model = make_model(MODELS / name, family, **settings)
+        tokens = torch.randint(SIZES["vocab_size"], (1, length))
         logits = model(tokens).logits
         loss_of(logits).backward()
         expected = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}

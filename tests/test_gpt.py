@@ -20,7 +20,7 @@ import gpt as G
 from decoding.cache import Cache
 from inputs.documents import learn_tokenizer
 from inputs.pretrained import published_name
-from make_models import MODELS, SIZES, TEXT, draw_weights, loss_of
+from make_models import MODELS, TEXT, draw_weights, loss_of
 from running.shell import Stopped
 
 TINY = G.Sizes(264, 8, 2, 4, 2, 4, 16, 64, tied=False)
@@ -145,7 +145,8 @@ def folder(request):
 
 
 def test_a_folder_of_transformers_gives_its_logits_gradients_and_text(folder):
-    model, tokenizer = G.open_model(folder)
+    model, published = G.open_model(folder)
+    tokenizer = published.tokenizer
     expected = safetensors.torch.load_file(folder / "expected.safetensors")
     logits = model(expected["tokens"])
     assert_close(logits, expected["logits"])
@@ -161,8 +162,8 @@ def test_a_folder_of_transformers_gives_its_logits_gradients_and_text(folder):
 
 
 def test_a_saved_folder_is_the_one_that_transformers_writes(folder, tmp_path):
-    model, tokenizer = G.open_model(folder)
-    G.save_model(tmp_path, model, tokenizer)
+    model, published = G.open_model(folder)
+    G.save_model(tmp_path, model, published.tokenizer)
     ours, theirs = (
         safetensors.torch.load_file(at / "model.safetensors") for at in (tmp_path, folder)
     )
@@ -180,7 +181,8 @@ def test_a_saved_folder_is_the_one_that_transformers_writes(folder, tmp_path):
 
 
 def test_a_mark_typed_by_a_person_is_text(folder):
-    _, tokenizer = G.open_model(folder)
+    _, published = G.open_model(folder)
+    tokenizer = published.tokenizer
     ids = tokenizer.encode("<|endoftext|></s>").ids
     assert G.MARK_ID not in ids
     assert tokenizer.decode(ids) == "<|endoftext|></s>"
@@ -242,7 +244,8 @@ def test_a_broken_or_foreign_folder_is_refused_in_a_line(kind, tmp_path):
 
 
 def test_a_flipped_bit_is_found(tmp_path):
-    G.save_model(tmp_path, *G.open_model(MODELS / "llama"))
+    model, published = G.open_model(MODELS / "llama")
+    G.save_model(tmp_path, model, published.tokenizer)
     content = bytearray((tmp_path / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -251,45 +254,6 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 
 # Beside transformers, where it is installed
-
-
-FAMILIES = {
-    "Llama": {},
-    "Llama, tied": {"tied": True},
-    "Llama 3": {"theta": 500.0, "scaling": G.Scaling(8.0, 1.0, 4.0, 16)},
-    "Qwen2": {"qkv_bias": True},
-    "Qwen3": {"qk_norm": True},
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_transformers(family):
-    transformers = pytest.importorskip("transformers")
-    changes = FAMILIES[family]
-    settings = SIZES | {"tie_word_embeddings": "tied" in changes}
-    if "scaling" in changes:
-        factor, low, high, context = changes["scaling"]
-        settings["rope_parameters"] = {
-            "rope_type": "llama3", "rope_theta": changes["theta"], "factor": factor,
-            "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": context,
-        }  # fmt: skip
-    name = family if family.startswith("Qwen") else "Llama"
-    config = getattr(transformers, f"{name}Config")(**settings)
-    theirs = draw_weights(getattr(transformers, f"{name}ForCausalLM")(config))
-    ours = G.GPT(replace(TINY, **changes))
-    with torch.no_grad():
-        for name, tensor in G.published_weights(ours).items():
-            tensor.copy_(theirs.state_dict()[name])
-    tokens = draw(3, 60)  # beyond the context of Llama 3's first training
-    logits, expected = ours(tokens), theirs(tokens).logits
-    assert_close(logits, expected)
-    loss_of(logits).backward()
-    loss_of(expected).backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    assert len(gradients) == len(list(ours.parameters()))
-    for name, parameter in ours.named_parameters():
-        assert_close(parameter.grad, gradients[published_name(name)])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -475,7 +439,8 @@ def test_a_run_as_a_person_runs_it(run_script, tmp_path, data):
     assert steps == ["2", "3", "4", "5", "6"]
     documents = G.read_documents(data)
     size = sum(len(text.encode()) for text in documents.held_out)
-    model, tokenizer = G.open_model(out)
+    model, published = G.open_model(out)
+    tokenizer = published.tokenizer
     bits = G.measure_bits(model, G.encode_documents(tokenizer, documents.held_out))
     assert metrics["bits_per_byte"] == pytest.approx(bits.sum().item() / size)
 
