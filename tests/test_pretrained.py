@@ -294,3 +294,9 @@ def test_an_end_of_its_own_ends_what_is_written(folder, capsys):
 def next_text(folder, capsys):
     assert G.main(["--model", str(folder), "--write", "def", "--temperature", "0"]) == 0
     return capsys.readouterr().out
+
+
+def test_a_model_is_not_trained(capsys):
+    with pytest.raises(SystemExit):
+        G.main(["--model", "somewhere"])
+    assert "argument --model: needs --write or --bits" in capsys.readouterr().err
