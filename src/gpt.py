@@ -16,10 +16,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
-from unicodedata import category
 
 import safetensors.torch
 import torch
@@ -30,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from attention import causal_mask
+from decoding.chat import Conversation, Writer
 from decoding.sampling import Sampling, decode_stream, next_tokens, until
 from decoding.zipping import unzip_bytes, zip_bytes
 from inputs.documents import (
@@ -58,10 +60,12 @@ from running.shell import (
     checksum,
     command,
     existing_folder,
+    is_utf8,
     make_parser,
     number,
     printable,
     refusing,
+    typed_lines,
     write,
 )
 
@@ -601,6 +605,42 @@ def show_writing(
         say(f"stopped at {context:,} tokens: the network takes no more")
 
 
+def show_answer(
+    writer: Writer, tokenizer: Tokenizer, conversation: Conversation, prompt: list[int], seed: int
+) -> None:
+    """Print an answer as it is written; what there is of it becomes part of the conversation."""
+    written = ""
+    try:
+        for piece in decode_stream(tokenizer, writer.write(prompt, seed)):
+            written += piece
+            print(printable_lines(piece), end="", flush=True)
+    finally:
+        conversation.answer(written)
+        print(flush=True)
+    if len(writer.tokens) == writer.context:
+        say(f"stopped at {writer.context:,} tokens: the network takes no more")
+
+
+def show_chat(model: GPT, published: Published, sampling: Sampling, seed: int) -> None:
+    """Answer each line that a person types, until they end the talk."""
+    if published.template is None:
+        raise OSError("the model has no chat template: it was not made to talk; use --write")
+    context = model.sizes.context
+    most = context - context // 4  # the rest is for the answer
+    tokenizer = published.tokenizer
+    conversation = Conversation(published.template, tokenizer, published.names)
+    with Writer(model, sampling, context, published.ends) as writer:
+        for turn, line in enumerate(typed_lines()):
+            with suppress(KeyboardInterrupt):  # ends the answer, not the talk
+                try:
+                    prompt = conversation.ask(line, most)
+                except OSError as error:
+                    say(error)
+                else:
+                    chance = Random(f"{seed} {turn}").getrandbits(63)
+                    show_answer(writer, tokenizer, conversation, prompt, chance)
+
+
 def shade(bits: float) -> str:
     """Return a sign for what a token costs: up to 1 bit, 2, 4, 8, and more."""
     return " ░▒▓█"[sum(bits > limit for limit in (1, 2, 4, 8))]
@@ -684,9 +724,14 @@ def prompt(text: str) -> str:
     """Parse --write."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    if any(category(character) == "Cs" for character in text):  # a byte that isn't UTF-8
+    if not is_utf8(text):
         raise argparse.ArgumentTypeError("must be UTF-8")
     return text
+
+
+def uses_model(args: argparse.Namespace) -> bool:
+    """Return whether a network is used, and none is trained."""
+    return args.chat or any(x is not None for x in (args.write, args.bits, args.zip, args.unzip))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
@@ -694,24 +739,26 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = make_parser(__doc__, "gpt")
     add = parser.add_argument
     once = parser.add_mutually_exclusive_group().add_argument
+    use = parser.add_mutually_exclusive_group().add_argument
     add("--data", type=existing_folder, metavar="DIR", help="folder of .py files to learn from")
     once("--resume", action="store_true", help="continue from a checkpoint, if there is one")
     once("--restart", action="store_true", help="begin anew; old results move to previous/")
     add("--save-minutes", type=number(0.0, 1e6), default=10.0, help="between checkpoints")
-    add("--write", type=prompt, metavar="TEXT", help="continue a text and exit")
+    use("--write", type=prompt, metavar="TEXT", help="continue a text and exit")
+    use("--chat", action="store_true", help="answer each line that is typed, until Ctrl-D")
+    use("--bits", type=Path, metavar="FILE", help="show what each token of a text costs and exit")
+    use("--zip", type=Path, metavar="FILE", help="compress a file as FILE.z and exit")
+    use("--unzip", type=Path, metavar="FILE.z", help="write the file that was compressed and exit")
     add("--model", type=Path, metavar="PATH", help="folder or .gguf, in place of --out")
-    add("--temperature", type=number(0.0, 100.0), default=0.8, help="of --write; 0: no chance")
+    add("--temperature", type=number(0.0, 100.0), default=0.8, help="of writing; 0: no chance")
     add("--top-k", type=number(0, 10_000_000), default=0, help="draw from the k likeliest; 0: all")
     add("--top-p", type=number(1e-9, 1.0), default=1.0, help="draw from the likeliest, up to p")
     add("--stop", type=prompt, metavar="TEXT", help="end before this text is written")
-    add("--bits", type=Path, metavar="FILE", help="show what each token of a text costs and exit")
-    add("--zip", type=Path, metavar="FILE", help="compress a file as FILE.z and exit")
-    add("--unzip", type=Path, metavar="FILE.z", help="write the file that was compressed and exit")
     add("--force", action="store_true", help="let --zip and --unzip replace a file")
     add_settings(parser, {"tiny": Settings()})
     args = parser.parse_args(argv)
-    if args.model is not None and args.write is None and args.bits is None:
-        parser.error("argument --model: needs --write or --bits")
+    if args.model is not None and not uses_model(args):
+        parser.error("argument --model: needs --write, --chat, --bits, --zip or --unzip")
     try:
         return args, read_settings(args, Settings())
     except ValueError as error:
@@ -742,18 +789,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     args, settings = parse(argv)
     out = args.out
-    if any(each is not None for each in (args.write, args.bits, args.zip, args.unzip)):
+    if uses_model(args):
         model, published = open_model(args.model or out)
         model.to(args.device)
-        if args.bits is not None:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p)
+        if args.write is not None:
+            show_writing(model, published, args.write, sampling, args.seed, args.stop)
+        elif args.chat:
+            show_chat(model, published, sampling, args.seed)
+        elif args.bits is not None:
             show_bits(model, published, args.bits)
         elif args.zip is not None:
             show_zipping(model, published, args.zip, args.force)
-        elif args.unzip is not None:
-            show_unzipping(model, published, args.unzip, args.force)
         else:
-            sampling = Sampling(args.temperature, args.top_k, args.top_p)
-            show_writing(model, published, args.write, sampling, args.seed, args.stop)
+            show_unzipping(model, published, args.unzip, args.force)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):

@@ -68,6 +68,15 @@ class Cache:
         self.length = output.shape[1]
         return output  # the result of a forward hook replaces the output
 
+    def keep(self, length: int) -> None:
+        """Forget the rows of all tokens but the first `length`; there is no memory.
+
+        After an interrupted step, rows of some projections are missing: then it keeps fewer.
+        """
+        lengths = [self.rows[W].shape[1] if W in self.rows else 0 for W in self.projections]
+        self.length = min([length, *lengths])
+        self.rows = {W: rows[:, : self.length] for W, rows in self.rows.items()}
+
     def reorder(self, rows: Tensor) -> None:
         """Let row i (of B) continue what row rows[i] has been; the memory stays where it is."""
         self.rows = {W: kept[rows] for W, kept in self.rows.items()}

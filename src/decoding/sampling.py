@@ -100,11 +100,12 @@ def next_tokens(
     context: int,
     end: int,
     cached: bool = True,
+    cache: Cache | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, then the one after it, and so on.
 
     A prompt has ended, and None stands for it, once its token is `end`, or it has become as long as
-    the context. Each has a seed.
+    the context. Each has a seed. An open `cache` may hold the rows of the prompts' first tokens.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -116,7 +117,8 @@ def next_tokens(
     real = torch.arange(max(lengths)) >= torch.tensor(padding).unsqueeze(1)
     real = real.to(device)
     ended = [length >= context for length in lengths]
-    with Cache(cast(nn.Module, model)) if cached else nullcontext() as cache:
+    own = cached and cache is None
+    with Cache(cast(nn.Module, model)) if own else nullcontext(cache) as cache:
         while not all(ended):
             start = cache.length if cache else 0
             logits = next_logits(model, tokens, real, start).cpu().double()

@@ -55,8 +55,6 @@ TENSORS = {  # parts of their names in gpt.py, and in model.safetensors
     "norm.": "model.norm.",
     "to_logits.": "lm_head.",
 }
-
-
 GGUF_SETTINGS = {  # of gpt.py, and of a GGUF file, after the name of the architecture
     "d_model": "embedding_length",
     "num_layers": "block_count",
@@ -85,6 +83,11 @@ GGUF_TENSORS = {
     "norm.": "output_norm.",
     "to_logits.": "output.",
 }
+GGUF_MARKS = {  # what chat templates call marks, and where a GGUF file has their numbers
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
 SCALING = (  # of config.json, in the order of gpt.py's Scaling
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
@@ -100,6 +103,7 @@ class Published:
     mark: int  # stands before each document
     ends: frozenset[int]  # tokens, each of which ends a text
     template: str | None  # how a talk becomes a text, for jinja2
+    names: dict[str, str]  # of marks in the template, such as bos_token, with the marks
     crc32: str | None = None  # of the tensors, where gpt.py has saved them
 
 
@@ -340,16 +344,15 @@ def open_folder(folder: Path) -> Published:
         tokenizer = open_plain_tokenizer(folder / "tokenizer.json")
     about = read_optional_json(folder / "tokenizer_config.json")
     generation = read_optional_json(folder / "generation_config.json")
-    first = about.get("bos_token")
-    if isinstance(first, dict):  # with its properties
-        first = first.get("content")
+    names = read_names(about)
     return Published(
         settings=settings,
         tensors=tensors,
         tokenizer=tokenizer,
-        mark=find_mark(tokenizer, config.get("bos_token_id"), first),
+        mark=find_mark(tokenizer, config.get("bos_token_id"), names.get("bos_token")),
         ends=find_ends(config.get("eos_token_id"), generation.get("eos_token_id")),
         template=read_template(folder / "chat_template.jinja", about.get("chat_template")),
+        names=names,
         crc32=crc32,
     )
 
@@ -386,6 +389,13 @@ def find_ends(*named: Any) -> frozenset[int]:
     if not all(type(end) is int for end in ends):
         raise ValueError(f"its eos_token_id is {ends!r}")
     return frozenset(ends)
+
+
+def read_names(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return the marks that tokenizer_config.json names; some come with their properties."""
+    marks = {name: about.get(name) for name in GGUF_MARKS}
+    found = {name: x.get("content") if isinstance(x, dict) else x for name, x in marks.items()}
+    return {name: mark for name, mark in found.items() if isinstance(mark, str)}
 
 
 def read_template(path: Path, template: Any) -> str | None:
@@ -458,6 +468,8 @@ def open_file(path: Path) -> Published:
                     tensors[name] = put_halves(each, settings["d_k"])
         tokenizer = make_tokenizer(facts)
         template = facts.get("tokenizer.chat_template")
+        numbers = {name: facts.get(key) for name, key in GGUF_MARKS.items()}
+        marks = {name: tokenizer.id_to_token(i) for name, i in numbers.items() if type(i) is int}
         return Published(
             settings=settings,
             tensors=tensors,
@@ -467,6 +479,7 @@ def open_file(path: Path) -> Published:
                 *(facts.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
             ),
             template=template if isinstance(template, str) else None,
+            names={name: mark for name, mark in marks.items() if mark is not None},
         )
 
 

@@ -100,6 +100,36 @@ def printable(text: object) -> str:
     return "".join("?" if steers(character) else character for character in str(text))
 
 
+def typed_lines() -> Iterator[str]:
+    """Yield the lines that a person types, or those of a pipe, until Ctrl-D or Ctrl-C.
+
+    Empty ones are passed over, and those that are not UTF-8 refused.
+    """
+    if sys.stdin is None:  # closed
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        with suppress(ImportError):  # Windows has its own
+            import readline  # noqa: F401  (keys to edit a line, and to find earlier ones)
+    try:
+        while True:
+            line = input("> " if on_terminal else "")
+            if not is_utf8(line):
+                print("that line is not UTF-8", file=sys.stderr)
+            elif line.strip():
+                yield line
+    except (EOFError, KeyboardInterrupt):
+        if on_terminal:
+            print()
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text from outside holds no byte that isn't UTF-8."""
+    return not any(unicodedata.category(character) == "Cs" for character in text)
+
+
 def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """Make a parser with the options that all have: --seed, --device, --out (runs/NAME)."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
