@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import gpt as G
 from conftest import ROOT
@@ -45,7 +46,7 @@ LLAMA2 = """{% if messages[0].role == 'system' %}
   {%- else %}{{ ' ' ~ content | trim ~ ' ' ~ eos_token }}{% endif %}
 {% endfor %}"""
 LLAMA3 = """{{- bos_token }}
-{%- if not tools is none %}{{- tools | tojson(indent=2) }}{%- endif %}
+{%- if tools is none %}{{- {'für': ['<', "'"]} | tojson(indent=2) }}{%- endif %}
 {%- for message in messages %}
     {{- '<|start|>' + message['role'] + '<|end|>\\n\\n' + message['content'] | trim + '<|eot|>' }}
 {%- endfor %}
@@ -97,6 +98,7 @@ def tokenizer():
     learned = learn_tokenizer([TEXT], 280)
     learned.add_special_tokens(MARKS)
     learned.add_tokens(["<think>", "</think>"])
+    learned.post_processor = TemplateProcessing(f"{MARK} $A", special_tokens=[(MARK, MARK_ID)])
     return open_tokenizer(learned.to_str())
 
 

@@ -89,9 +89,8 @@ class Conversation:
 
     def cut_marks(self, message: Message) -> Message:
         """Return a message with a cut after the first character of each mark in its content."""
-        content = message["content"].replace(CUT, "")
-        cut = self.beginnings[message["role"]].sub(rf"\g<0>{CUT}", content)
-        return message | {"content": cut}
+        beginnings = self.beginnings[message["role"]]
+        return message | {"content": beginnings.sub(rf"\g<0>{CUT}", message["content"])}
 
 
 def mark_beginnings(marks: Collection[str]) -> re.Pattern[str]:
