@@ -596,7 +596,7 @@ def show_writing(
             written.append(token)
             yield token
 
-    pieces = decode_stream(tokenizer, tokens())
+    pieces = decode_stream(tokenizer, tokens(), ids)
     print(printable_lines(prompt), end="", flush=True)
     for piece in until(pieces, stop) if stop else pieces:
         print(printable_lines(piece), end="", flush=True)

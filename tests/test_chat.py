@@ -358,8 +358,8 @@ def test_without_a_usable_template_there_is_no_talk(talk, talker, monkeypatch):
     path = talker / "chat_template.jinja"
     for content, reason in (
         (b"{{ raise_exception('no') }}", "the chat template can't be used: no"),
-        (b"\xfc", "not a model that one can talk to"),
-        (None, "it has no chat_template; --write continues a text"),
+        (b"\xfc", "not a language model that this script can open"),
+        (None, "the model has no chat template: it was not made to talk; use --write"),
     ):
         path.unlink() if content is None else path.write_bytes(content)
         done = talk(b"hi\n")

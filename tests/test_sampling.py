@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 import decoding.sampling as S
 import gpt as G
@@ -144,6 +145,15 @@ def test_text_is_streamed_by_whole_characters(text):
     ids = tokenizer.encode("aü").ids
     assert list(S.decode_stream(tokenizer, ids)) == ["a", "ü", ""]
     assert "".join(S.decode_stream(tokenizer, ids[:-1])) == "a\ufffd"
+
+
+def test_spaces_between_words_stay_where_a_tokenizer_leaves_out_the_first():
+    words = {"▁a": 0, "▁b": 1, "b": 2, "<unk>": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([0]) == "a"
+    assert list(S.decode_stream(tokenizer, [0, 1, 2, 0])) == ["a", " b", "b", " a", ""]
+    assert list(S.decode_stream(tokenizer, [1, 0], before=[0])) == [" b", " a", ""]
 
 
 @given(st.lists(st.text("ab", max_size=4)), st.text("ab", min_size=1, max_size=4))

@@ -135,16 +135,28 @@ def next_tokens(
             real = F.pad(real, (0, 1), value=True)
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of tokens of bytes as soon as its characters are whole."""
+def decode_stream(
+    tokenizer: Tokenizer, tokens: Iterable[int], before: Sequence[int] = ()
+) -> Iterator[str]:
+    """Yield the text of tokens as soon as its characters are whole.
+
+    Some tokenizers leave out a space at the start of a text. So the tokens before are decoded
+    along: first those of `before`, then those of the last piece.
+    """
+    context = list(before)
     waiting: list[int] = []
+
+    def new_text() -> str:
+        return tokenizer.decode(context + waiting).removeprefix(tokenizer.decode(context))
+
     for token in tokens:
         waiting.append(token)
-        text = tokenizer.decode(waiting)
+        text = new_text()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # which stands for half a character
             yield text
+            context = waiting
             waiting = []
-    yield tokenizer.decode(waiting)
+    yield new_text()
 
 
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:

@@ -218,15 +218,15 @@ def locate(heads: list[Head], data: np.ndarray) -> dict[str, Stored]:
     return tensors
 
 
-def make_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+def make_pre_tokenizer(name: str | None) -> pre_tokenizers.PreTokenizer:
     """Return what cuts a text into the pieces within which tokens were learned."""
-    if name in ("gpt-2", "default"):
+    if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name == "smollm":
         first = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     patterns = {"llama-bpe": LLAMA_3, "qwen2": QWEN_2}
-    if name not in patterns:
+    if name not in patterns:  # llama.cpp cuts otherwise by default
         raise ValueError(f"its tokenizer.ggml.pre is {name!r}: not smollm, qwen2, llama-bpe, gpt-2")
     pieces = pre_tokenizers.Split(Regex(patterns[name]), "isolated")
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -238,7 +238,7 @@ def make_tokenizer(facts: dict[str, Any]) -> Tokenizer:
     model = facts.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise ValueError(f"its tokenizer.ggml.model is {model!r}, not 'gpt2'")
-    pre = facts.get("tokenizer.ggml.pre", "default")
+    pre = facts.get("tokenizer.ggml.pre")
     tokens = texts(facts, "tokenizer.ggml.tokens")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
