@@ -329,7 +329,9 @@ def open_model(path: Path) -> tuple[GPT, Published]:
         check_tensors(published.tensors, wanted)
         if max(published.tokenizer.get_vocab().values()) >= sizes.vocab_size:
             raise ValueError("its tokenizer has more tokens than the network")
-        weights = {name: published.tensors[name].read() for name in wanted}
+        # The largest first, while there is most room for what reading it needs besides.
+        order = sorted(wanted, key=lambda name: wanted[name].numel(), reverse=True)
+        weights = {name: published.tensors[name].read() for name in order}
         # NaN is both limits of a tensor that has one; isfinite() of it would need its size again.
         limits = [limit for tensor in weights.values() for limit in tensor.aminmax()]
         if not all(limit.isfinite() for limit in limits):

@@ -143,7 +143,7 @@ def test_a_command_can_be_given(command, capsys):
     assert {argument for argument in arguments if argument.startswith("--")} <= {*flags}
 
 
-@pytest.mark.parametrize(("page", "target"), in_pages(r"(?:`|\n)make ([a-z-]+)"), ids=named)
+@pytest.mark.parametrize(("page", "target"), in_pages(r"(?:`|\n)make ([a-z0-9-]+)"), ids=named)
 def test_a_target_that_is_named_exists(page, target):
     assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
 

@@ -299,4 +299,4 @@ def next_text(folder, capsys):
 def test_a_model_is_not_trained(capsys):
     with pytest.raises(SystemExit):
         G.main(["--model", "somewhere"])
-    assert "argument --model: needs --write or --bits" in capsys.readouterr().err
+    assert "argument --model: needs --write, --chat, --bits, --zip or --unzip" in capsys.readouterr().err

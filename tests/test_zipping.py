@@ -168,7 +168,8 @@ def test_a_file_comes_back(model, tokenizer, content):
 
 @pytest.mark.parametrize("folder", ["llama", "llama-tied"])
 def test_the_size_is_the_number_of_bits_that_is_measured(folder):
-    model, tokenizer = G.open_model(MODELS / folder)
+    model, published = G.open_model(MODELS / folder)
+    tokenizer = published.tokenizer
     content = (TEXT * 6).encode()
     zipped = zip_bytes(model, content, tokenizer)
     _, coded = Z.unpack(zipped)

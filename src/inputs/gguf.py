@@ -131,12 +131,12 @@ class Kind(NamedTuple):
 
     weights: int  # in a block
     size: int  # of a block, in bytes
-    decode: Callable[[np.ndarray], np.ndarray]  # blocks (n, size) to (n, weights)
+    decode: Callable[[np.ndarray], np.ndarray]  # blocks (n, size) to new float32 (n, weights)
 
 
 KINDS = {
-    0: Kind(1, 4, lambda blocks: blocks.view("<f4")),
-    1: Kind(1, 2, lambda blocks: blocks.view("<f2")),
+    0: Kind(1, 4, lambda blocks: blocks.view("<f4").astype(np.float32)),
+    1: Kind(1, 2, lambda blocks: blocks.view("<f2").astype(np.float32)),
     2: Kind(BLOCK, 18, dequantize_q4_0),
     3: Kind(BLOCK, 20, dequantize_q4_1),
     8: Kind(BLOCK, 34, dequantize_q8_0),
@@ -146,7 +146,7 @@ KINDS = {
 def decode(content: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> Tensor:
     """Return the tensor of this shape that the bytes hold."""
     weights = kind.decode(content.reshape(-1, kind.size))
-    return torch.from_numpy(weights.astype(np.float32).reshape(shape))
+    return torch.from_numpy(weights.reshape(shape))
 
 
 class Head(NamedTuple):
