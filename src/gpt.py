@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A language model like today's open ones learns Python, and is weighed as a compressor.
+"""A language model like today's open ones learns Python, and is measured as a compressor.
 
 Run `poetry run src/gpt.py`. It builds the network of Llama (Touvron et al. 2023, arXiv 2302.13971)
 and trains it on Python's own standard library. What predicts a text well could compress it, so the
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
-from attention import causal_mask
 from decoding.chat import Conversation, Writer
 from decoding.sampling import Sampling, decode_stream, next_tokens, until
 from decoding.zipping import unzip_bytes, zip_bytes
@@ -96,7 +95,7 @@ class Scaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a network, and what the published ones of its kind differ in."""
+    """The sizes of a network, and how published ones of its kind differ."""
 
     vocab_size: int
     d_model: int
@@ -124,7 +123,7 @@ class Sizes:
             raise ValueError(f"{self.num_kv_heads} heads of keys can't serve {self.num_heads}")
         if self.d_k % 2:
             raise ValueError(f"d_k {self.d_k} is not even")
-        if not (self.theta > 1 and 0 < self.epsilon < 1):
+        if not 1 < self.theta < math.inf or not 0 < self.epsilon < 1:
             raise ValueError(f"theta is {self.theta!r}, epsilon {self.epsilon!r}")
 
 
@@ -154,7 +153,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Queries, and fewer heads of keys and values (Ainslie et al. 2023), turned by their positions.
 
-    The product of a turned query and a turned key depends on how far apart they are.
+    Of the positions, only their distance affects the product of a query and a key.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -166,14 +165,14 @@ class Attention(nn.Module):
         self.W_k = nn.Linear(sizes.d_model, d_kv, bias=sizes.qkv_bias)
         self.W_v = nn.Linear(sizes.d_model, d_kv, bias=sizes.qkv_bias)
         self.W_o = nn.Linear(d_q, sizes.d_model, bias=False)
-        nn.init.zeros_(self.W_o.weight)
+        nn.init.zeros_(self.W_o.weight)  # adds nothing at first, but its gradient is not 0
         self.norm_q = nn.RMSNorm(sizes.d_k, sizes.epsilon) if sizes.qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(sizes.d_k, sizes.epsilon) if sizes.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Return what x (B, T, d_model) finds at its own and earlier positions, of the same shape.
 
-        With a `Cache`, keys and values are of S tokens, the last T of them new; cos and sin of all.
+        With a `Cache`, keys, values, cos and sin are those of S tokens, the last T of them new.
         """
         projected = self.W_q(x), self.W_k(x), self.W_v(x)
         Q, K, V = (each.unflatten(-1, (-1, self.d_k)).transpose(1, 2) for each in projected)
@@ -222,7 +221,7 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """A decoder without encoder: it predicts each next token of a text from all before it.
 
-    It begins without an opinion: sublayers add nothing, and all tokens are equally likely.
+    At first, sublayers add nothing; unless the output is tied, all tokens are equally likely.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -242,8 +241,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return what the network knows after each of the tokens (B, T): (B, T, d_model).
 
-        Positions are (S,) or (B, S), by default from 0 on; the boolean mask, True where a token may
-        attend, broadcasts to (B, T, S), and hides what is later besides. S is T, or with a `Cache`
+        Positions are (S,) or (B, S), by default from 0. The boolean mask, True where a token may
+        attend, broadcasts to (B, T, S); later tokens are always hidden. S is T, or with a `Cache`
         the number of all tokens so far.
         """
         T = tokens.shape[1]
@@ -251,7 +250,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=tokens.device)
         S = positions.shape[-1]
         if mask is not None or 1 < T < S:
-            causal = causal_mask(S, tokens.device)[S - T :]
+            causal = torch.ones(T, S, dtype=torch.bool, device=tokens.device).tril(S - T)
             mask = causal if mask is None else (causal & mask).unsqueeze(1)  # (B, 1, T, S)
         x = self.embedding(tokens)
         angle = positions.unsqueeze(-1) * frequencies(self.sizes).to(tokens.device)
@@ -402,7 +401,7 @@ def encode(documents: Documents, tokenizer: Tokenizer, context: int) -> Corpus:
 def make_optimizers(model: GPT, settings: Settings) -> list[Optimizer]:
     """Return Muon for the matrices of the layers, and AdamW for all else.
 
-    Muon (Jordan et al. 2024) makes all directions in which a matrix moves equally long.
+    Muon (Jordan et al. 2024) makes a matrix's step equally long in every direction.
     """
     matrices = [W for W in model.layers.parameters() if W.dim() == 2]
     others = [p for p in model.parameters() if all(p is not W for W in matrices)]
@@ -429,7 +428,7 @@ def set_rates(optimizers: Sequence[Optimizer], step: int, settings: Settings) ->
 def train_epoch(run: Run[GPT], tokens: Tensor, settings: Settings) -> None:
     """Train from the checkpoint on to the end of this part of the run.
 
-    A window may cross from one document into the next; the mark between them tells.
+    A window may cross from one document into the next; the mark between them says so.
     """
     model = run.model.train()
     width = settings.context + 1
@@ -631,7 +630,7 @@ def show_chat(model: GPT, published: Published, sampling: Sampling, seed: int) -
     most = context - context // 4  # the rest is for the answer
     tokenizer = published.tokenizer
     conversation = Conversation(published.template, tokenizer, published.names)
-    with Writer(model, sampling, context, published.ends) as writer:
+    with Writer(model, sampling, context, published.ends | {published.mark}) as writer:
         for turn, line in enumerate(typed_lines()):
             with suppress(KeyboardInterrupt):  # ends the answer, not the talk
                 try:
@@ -650,7 +649,7 @@ def shade(bits: float) -> str:
 
 def show_bits(model: GPT, published: Published, path: Path) -> None:
     """Print a text with a shade below each character, and its bits per byte."""
-    content = path.read_bytes()
+    content = read_plain(path)
     try:
         text = content.decode()
     except UnicodeDecodeError:
@@ -687,9 +686,17 @@ def read_plain(path: Path) -> bytes:
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Raise OSError if there is a file already that must not be replaced."""
+    """Raise OSError if there is a file already that must not be replaced, or no file can be."""
+    if path.is_dir():
+        raise OSError(f"{path} is a folder")
     if not force and os.path.lexists(path):
         raise OSError(f"{path} is there already; --force replaces it")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.part")  # the name that `write` will take
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror}") from error
 
 
 def show_zipping(model: GPT, published: Published, path: Path, force: bool) -> None:
@@ -761,6 +768,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     args = parser.parse_args(argv)
     if args.model is not None and not uses_model(args):
         parser.error("argument --model: needs --write, --chat, --bits, --zip or --unzip")
+    if args.stop is not None and args.write is None:
+        parser.error("argument --stop: needs --write")
+    if args.force and args.zip is None and args.unzip is None:
+        parser.error("argument --force: needs --zip or --unzip")
     try:
         return args, read_settings(args, Settings())
     except ValueError as error:

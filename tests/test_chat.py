@@ -359,6 +359,7 @@ def test_without_a_usable_template_there_is_no_talk(talk, talker, monkeypatch):
     for content, reason in (
         (b"{{ raise_exception('no') }}", "the chat template can't be used: no"),
         (b"\xfc", "not a language model that this script can open"),
+        (b"{# nothing #}", "the chat template writes nothing"),
         (None, "the model has no chat template: it was not made to talk; use --write"),
     ):
         path.unlink() if content is None else path.write_bytes(content)

@@ -224,7 +224,7 @@ BROKEN = {
     "half": (lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0"), "broken, or"),
     "NaN": (lambda f: spoil_weights(f, put_nan), "not finite"),
     "a tensor less": (lambda f: spoil_weights(f, lambda w: w.popitem()), "other sizes"),
-    "no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "broken, or"),
+    "no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "Expecting property name"),
     "more tokens": (
         lambda f: (f / "tokenizer.json").write_text(learn_tokenizer([TEXT], 268).to_str()),
         "more tokens than the network",
@@ -493,6 +493,9 @@ def bad_inputs(data, text):
     yield ["--bits", data / "latin.txt"], 1, "latin.txt is not UTF-8"
     yield ["--bits", data / "empty.txt"], 1, "empty.txt is empty"
     yield ["--bits", data / "missing.txt"], 1, "No such file"
+    yield ["--bits", data], 1, "is not a plain file"
+    yield ["--bits", data / "latin.txt", "--stop", "x"], 2, "argument --stop: needs --write"
+    yield ["--write", "x", "--force"], 2, "argument --force: needs --zip or --unzip"
     yield ["--data", data / "nowhere"], 2, "argument --data: must be a folder"
     yield ["--data", data / "no documents", "--restart"], 1, "has no text in .py files"
     yield ["--data", data, "--context", 100_000, "--restart"], 1, "too few for a context"

@@ -191,6 +191,8 @@ REFUSED = {
         "low_freq_factor 1 is not below",
     ),
     "part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    "an endless base": ({"rope_theta": float("inf"), "rope_parameters": None}, "theta is inf"),
+    "a huge base": ({"rope_theta": 10**400, "rope_parameters": None}, "config.json: it is broken"),
     "two bases": ({"rope_theta": 5.0}, r"rope_theta is 5.0, and also 10000.0"),
     "no biases": ({"model_type": "qwen2"}, r"it lacks layers\.0\.attention\.W_k\.bias, .*, …"),
     "no norms": ({"model_type": "qwen3"}, r"it lacks layers\.0\.attention\.norm_k\.weight, "),
@@ -296,7 +298,28 @@ def next_text(folder, capsys):
     return capsys.readouterr().out
 
 
+def test_a_tokenizer_that_cuts_otherwise_or_at_random_is_not_taken(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(content))
+    assert G.open_model(folder)[1].tokenizer.model.dropout is None
+    content["model"] = {"type": "Unigram", "vocab": [["a", 0.0]]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(OSError, match="its model is 'Unigram', not 'BPE'"):
+        G.open_model(folder)
+
+
+def test_too_little_memory_is_not_the_fault_of_the_file(folder, monkeypatch):
+    def full(path):
+        raise MemoryError
+
+    monkeypatch.setattr("inputs.pretrained.read_json", full)
+    with pytest.raises(MemoryError):
+        G.open_model(folder)
+
+
 def test_a_model_is_not_trained(capsys):
     with pytest.raises(SystemExit):
         G.main(["--model", "somewhere"])
-    assert "argument --model: needs --write, --chat, --bits, --zip or --unzip" in capsys.readouterr().err
+    assert "argument --model: needs --write, --chat" in capsys.readouterr().err

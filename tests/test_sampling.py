@@ -147,6 +147,12 @@ def test_text_is_streamed_by_whole_characters(text):
     assert "".join(S.decode_stream(tokenizer, ids[:-1])) == "a\ufffd"
 
 
+def test_a_temperature_near_0_takes_the_likeliest():
+    sampling = S.Sampling(temperature=1e-320)
+    logits = torch.tensor([-3.0, 5.0, 4.0], dtype=torch.float64)
+    assert S.draw_token(logits, sampling, torch.Generator().manual_seed(0)) == 1
+
+
 def test_spaces_between_words_stay_where_a_tokenizer_leaves_out_the_first():
     words = {"▁a": 0, "▁b": 1, "b": 2, "<unk>": 3}
     tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))

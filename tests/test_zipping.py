@@ -253,6 +253,8 @@ def test_a_person_zips_and_unzips(run_script, tmp_path, monkeypatch):
     content = zipped.read_bytes()
 
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.z").write_bytes(content)
     shutil.copy(path, tmp_path / "foreign.z")
     (tmp_path / "broken.z").write_bytes(content[:-1])
     for arguments, message in (
@@ -265,6 +267,7 @@ def test_a_person_zips_and_unzips(run_script, tmp_path, monkeypatch):
         (["--zip", tmp_path], f"{tmp_path} is not a plain file"),
         (["--zip", tmp_path / "fifo"], "fifo is not a plain file"),
         (["--unzip", tmp_path / "foreign.z"], "foreign.z: it was not zipped by this script"),
+        (["--unzip", tmp_path / "folder.z", "--force"], "folder is a folder"),
         (["--unzip", tmp_path / "broken.z"], "broken.z: it is broken: its checksum is wrong"),
     ):
         files = sorted(tmp_path.iterdir())

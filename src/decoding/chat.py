@@ -85,7 +85,10 @@ class Conversation:
         }
         parts = render(self.template, values).split(CUT)
         encodings = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
-        return [token for encoding in encodings for token in encoding.ids]
+        ids = [token for encoding in encodings for token in encoding.ids]
+        if not ids:
+            raise OSError("the chat template writes nothing")
+        return ids
 
     def cut_marks(self, message: Message) -> Message:
         """Return a message with a cut after the first character of each mark in its content."""

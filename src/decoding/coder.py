@@ -115,7 +115,7 @@ class Decoder:
 
     def __init__(self, content: bytes) -> None:
         self.interval = Interval()
-        bits = np.unpackbits(np.frombuffer(content, dtype=np.uint8)).tolist()
+        bits = np.unpackbits(np.frombuffer(content, dtype=np.uint8)).tobytes()
         self.bits = chain(bits, repeat(0, PRECISION))  # after the end, they don't matter
         self.number = 0  # lies in the interval
         for _ in range(PRECISION):

@@ -70,7 +70,7 @@ def draw_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
     """Draw a token by its logits (V,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits / sampling.temperature
+    logits = (logits - logits.max()) / sampling.temperature  # 0 at most, so nothing overflows
     if sampling.top_k > 0:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:

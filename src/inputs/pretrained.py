@@ -6,7 +6,6 @@ others in a GGUF file.
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,6 +133,8 @@ def naming(path: Path) -> Iterator[None]:
     """Turn every error into a ValueError that names the file: a foreign one fails in many ways."""
     try:
         yield
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:
         known = isinstance(error, OSError | ValueError)
         reason = str(error) if known else "it is broken, or from another program"
@@ -246,7 +247,7 @@ def refuse_windows(config: Mapping[str, Any], family: str) -> None:
 def read_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return theta, and scaling where there is one; both have had several places in config.json."""
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = config.get("rope_theta", rotary.get("rope_theta", 10_000.0))
+    theta = float(config.get("rope_theta", rotary.get("rope_theta", 10_000.0)))
     if rotary.get("rope_theta", theta) != theta:
         raise ValueError(f"its rope_theta is {theta!r}, and also {rotary['rope_theta']!r}")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
@@ -270,7 +271,7 @@ def read_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
 def positive(values: Iterable[Any]) -> tuple[float, ...]:
     """Return numbers by which something is scaled."""
     found = tuple(values)
-    if not all(isinstance(each, int | float) and 0 < each < math.inf for each in found):
+    if not all(isinstance(each, int | float) and 0 < each < 1e9 for each in found):
         raise ValueError(f"its rotations are scaled by {found}: no positive numbers")
     return found
 
@@ -359,7 +360,12 @@ def open_folder(folder: Path) -> Published:
 
 def open_plain_tokenizer(path: Path) -> Tokenizer:
     """Open a tokenizer, but let it add nothing to a text, and cut nothing off."""
-    tokenizer = open_tokenizer(path.read_text(encoding="utf-8"))
+    content = path.read_text(encoding="utf-8")
+    kind = json.loads(content)["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise ValueError(f"its model is {kind!r}, not 'BPE'")
+    tokenizer = open_tokenizer(content)
+    tokenizer.model.dropout = None  # which would cut a text at random
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if tokenizer.num_special_tokens_to_add(False):

@@ -109,7 +109,7 @@ def typed_lines() -> Iterator[str]:
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     if on_terminal:
         with suppress(ImportError):  # Windows has its own
             import readline  # noqa: F401  (keys to edit a line, and to find earlier ones)
@@ -201,7 +201,8 @@ def write(path: Path, content: bytes, before: Path | None = None) -> None:
     except OSError as error:
         raise OSError(f"can't write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def clear_parts(path: Path) -> None:
@@ -218,7 +219,8 @@ def refusing(path: Path, message: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RuntimeError) and lacks_memory(error):  # says nothing of the file
+        no_memory = isinstance(error, RuntimeError) and lacks_memory(error)
+        if no_memory or isinstance(error, MemoryError):  # says nothing of the file
             raise
         known = isinstance(error, OSError | ValueError)
         reason = first_line(error) if known else "it is broken, or from another script"
