@@ -2,10 +2,10 @@
 """A language model like today's open ones learns Python, and is measured as a compressor.
 
 Run `poetry run src/gpt.py`. It builds the network of Llama (Touvron et al. 2023, arXiv 2302.13971)
-and trains it on Python's own standard library. What predicts a text well could compress it, so the
-loss is given in bits per byte, beside what bz2 and xz need. Results go to runs/gpt/, where `--write
-"def "` continues a text, `--bits FILE` shows what surprises the network, and `--zip FILE` makes a
-smaller file of it. `transformers` opens that folder, too.
+and trains it on Python's own standard library. What predicts a text well can compress it, so the
+loss is given in bits per byte, beside what bz2 and xz need. Results go to runs/gpt/, where
+`--write "def "` continues a text, `--bits FILE` shows what surprises the network, and `--zip FILE`
+compresses a file. `transformers` opens that folder, too.
 """
 
 import argparse
@@ -545,10 +545,14 @@ def save_results(
     return bits, compressors, texts
 
 
-def show_training(run: Run[GPT], epochs: Iterator[Epoch], bits_per_nat: float) -> None:
-    """Print the results of each epoch of the run as it ends."""
+def show_training(run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Train; print the size of network and text, and the results of each epoch as it ends."""
+    count = sum(p.numel() for p in run.model.parameters())
+    print(f"{count:,} parameters on {run.device}, {len(corpus.tokens):,} tokens\n")
+    held_out = sum(len(ids) - 1 for ids in corpus.held_out)
+    bits_per_nat = held_out / corpus.held_out_bytes / math.log(2)
     print("steps  training loss  validation loss  bits per byte  seconds", flush=True)
-    for _, training, validation, seconds in epochs:
+    for _, training, validation, seconds in train(run, corpus, tokenizer, settings):
         bits = validation * bits_per_nat
         print(
             f"{run.progress.step:5}  {training:13.4f}  {validation:15.4f}  {bits:13.4f}"
@@ -827,11 +831,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vocab_size = tokenizer.get_vocab_size()
         run = make_run(out, settings, corpus, vocab_size, args.device, args.seed, args.save_minutes)
         run.resume()
-        count = sum(p.numel() for p in run.model.parameters())
-        print(f"{count:,} parameters on {args.device}, {len(corpus.tokens):,} tokens\n")
-        held_out = sum(len(ids) - 1 for ids in corpus.held_out)
-        bits_per_nat = held_out / corpus.held_out_bytes / math.log(2)
-        show_training(run, train(run, corpus, tokenizer, settings), bits_per_nat)
+        show_training(run, corpus, tokenizer, settings)
         show_results(run, documents, corpus, tokenizer)
         print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s")
     return 0

@@ -48,6 +48,11 @@ def loss_of(logits):
     return logits.sin().sum()
 
 
+def assert_close(found, expected):
+    """Assert that float32 results differ by at most 1e-5 of the largest."""
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def draw_weights(model):
     """Give a network random weights, with no norm's at 1 or 0."""
     torch.manual_seed(0)

@@ -12,17 +12,10 @@ from tokenizers.processors import TemplateProcessing
 import gpt as G
 from inputs.documents import MARK, learn_tokenizer
 from inputs.pretrained import published_name, read_config
-from make_models import MODELS, SCALING, SIZES, TEXT, draw_weights, loss_of
-
-NEW = ("llama-3", "qwen-2", "qwen-3")
+from make_models import FOLDERS, MODELS, SCALING, SIZES, TEXT, assert_close, draw_weights, loss_of
 
 
-def assert_close(found, expected):
-    """Assert that float32 results differ by at most 1e-5 of the largest."""
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_each_family_gives_the_logits_gradients_and_text_of_transformers(name):
     model, _ = G.open_model(MODELS / name)
     expected = safetensors.torch.load_file(MODELS / name / "expected.safetensors")
