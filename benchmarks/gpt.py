@@ -43,7 +43,7 @@ def open_theirs(ours: nn.Module) -> nn.Module | None:
         return None
     tokenizer = documents.learn_tokenizer(["x = 1\n"], 300)
     with tempfile.TemporaryDirectory() as folder:
-        script.save_model(Path(folder), ours, tokenizer)
+        script.save_model(Path(folder), ours, script.own_texts(tokenizer))
         return LlamaForCausalLM.from_pretrained(folder)
 
 

@@ -34,7 +34,6 @@ from decoding.chat import Conversation, Writer
 from decoding.sampling import Sampling, decode_stream, next_tokens, until
 from decoding.zipping import unzip_bytes, zip_bytes
 from inputs.documents import (
-    MARK,
     MARK_ID,
     Documents,
     draw_windows,
@@ -47,9 +46,11 @@ from inputs.documents import (
 from inputs.gguf import Stored
 from inputs.pretrained import (
     Published,
+    Texts,
     make_config,
     make_tokenizer_config,
     open_published,
+    own_texts,
     published_name,
 )
 from running.processes import alone, say
@@ -277,15 +278,19 @@ def published_weights(model: GPT) -> dict[str, Tensor]:
     return {published_name(name): tensor for name, tensor in weights.items()}
 
 
-def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Save a network and its tokenizer in a folder that `transformers` opens as a Llama."""
+def save_model(folder: Path, model: GPT, texts: Texts) -> None:
+    """Save a network and its tokenizer in a folder that `transformers` opens.
+
+    Raises OSError if that has no place for one of its sizes.
+    """
+    config = make_config(asdict(model.sizes), texts)
     weights = published_weights(model)
     about = {"format": "pt", "crc32": checksum(weights)}
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "model.safetensors", safetensors.torch.save(weights, about))
-    write(folder / "config.json", make_config(asdict(model.sizes), MARK_ID))
-    write(folder / "tokenizer.json", tokenizer.to_str().encode())
-    write(folder / "tokenizer_config.json", make_tokenizer_config(MARK, model.sizes.context))
+    write(folder / "config.json", config)
+    write(folder / "tokenizer.json", texts.tokenizer.to_str().encode())
+    write(folder / "tokenizer_config.json", make_tokenizer_config(texts, model.sizes.context))
 
 
 def check_tensors(found: dict[str, Stored], wanted: dict[str, Tensor]) -> None:
@@ -351,7 +356,7 @@ class Settings:
     d_model: int = setting(128, 2, 8192, "size of the vectors")
     num_layers: int = setting(4, 1, 200, "layers")
     num_heads: int = setting(4, 1, 128, "heads of queries")
-    num_kv_heads: int = setting(2, 1, 128, "heads of keys and values")
+    num_kv_heads: int = setting(4, 1, 128, "heads of keys and values")
     d_ff: int = setting(352, 1, 65_536, "size inside the feed-forward network")
     context: int = setting(256, 2, 1_000_000, "tokens, at most")
     tied: bool = setting(False, False, True, "let the output share the embedding's weights")
@@ -360,7 +365,7 @@ class Settings:
     batch_size: int = setting(8, 1, 100_000, "windows of the text per step")
     muon: bool = setting(True, False, True, "train matrices by Muon, not by AdamW")
     matrix_rate: float = setting(0.02, 0.0, 10.0, "learning rate of the layers' matrices")
-    learning_rate: float = setting(0.01, 0.0, 10.0, "learning rate of all else")
+    learning_rate: float = setting(0.02, 0.0, 10.0, "learning rate of all else")
     warmup: int = setting(20, 1, 1_000_000, "steps during which the rates rise")
     falling: float = setting(0.7, 0.01, 1.0, "share of the steps during which the rates fall to 0")
 
@@ -483,7 +488,7 @@ def validate(run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer) -> float:
     if not math.isfinite(loss):
         raise FloatingPointError(f"the validation loss became {loss}; lower rates may help")
     with going_on(strict=run.in_last_epoch):
-        save_model(run.out, run.model, tokenizer)
+        save_model(run.out, run.model, own_texts(tokenizer))
     return loss
 
 

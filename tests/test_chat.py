@@ -387,6 +387,15 @@ def test_on_a_terminal_there_is_a_prompt_and_a_newline_at_the_end(talker, monkey
     assert (asked, capsys.readouterr().out) == (["> "], "\n")
 
 
+def test_ctrl_c_ends_a_pipe_as_it_ends_any_script(talker, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert G.main(["--chat", "--out", str(talker)]) == 130
+
+
 def test_ctrl_c_ends_an_answer_and_a_closed_pipe_the_talk(talker):
     change(talker / "config.json", max_position_embeddings=1_000_000)
     change(talker / "config.json", eos_token_id=None)

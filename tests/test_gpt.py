@@ -19,7 +19,8 @@ from torch import nn
 import gpt as G
 from decoding.cache import Cache
 from inputs.documents import learn_tokenizer
-from make_models import MODELS, TEXT, assert_close, draw_weights
+from inputs.pretrained import own_texts
+from make_models import FOLDERS, MODELS, TEXT, assert_close, draw_weights
 from running.shell import Stopped
 
 TINY = G.Sizes(264, 8, 2, 4, 2, 4, 16, 64, tied=False)
@@ -133,28 +134,50 @@ def test_a_mask_of_documents_keeps_them_apart():
 # The format
 
 
-@pytest.fixture(params=["llama", "llama-tied"])
+@pytest.fixture(params=FOLDERS)
 def folder(request):
     return MODELS / request.param
 
 
 def test_a_saved_folder_is_the_one_that_transformers_writes(folder, tmp_path):
     model, published = G.open_model(folder)
-    G.save_model(tmp_path, model, published.tokenizer)
+    G.save_model(tmp_path, model, published)
     ours, theirs = (
         safetensors.torch.load_file(at / "model.safetensors") for at in (tmp_path, folder)
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     ours, theirs = (json.loads((at / "config.json").read_bytes()) for at in (tmp_path, folder))
-    del ours["rope_theta"]  # where versions before 5 look for it
-    assert ours == {name: theirs[name] for name in ours}
+    common = ours.keys() & theirs.keys()
+    assert {name: ours[name] for name in common} == {name: theirs[name] for name in common}
+    # Versions before 5 look for the first, and Qwens take the others for granted.
+    assert ours.keys() - common <= {"rope_theta", "attention_bias", "mlp_bias"}
     ours, theirs = (json.loads((at / "tokenizer.json").read_bytes()) for at in (tmp_path, folder))
     assert ours == theirs
-    again, _ = G.open_model(tmp_path)
+    again, texts = G.open_model(tmp_path)
     assert again.sizes == model.sizes
+    assert (texts.mark, texts.ends, texts.names) == (
+        published.mark, published.ends, published.names
+    )  # fmt: skip
     assert torch.equal(again(draw(1, 5)), model(draw(1, 5)))
     assert (again.to_logits.weight is again.embedding.weight) == model.sizes.tied
+
+
+def test_what_belongs_to_a_talk_is_saved_too(tmp_path):
+    model, published = G.open_model(MODELS / "llama")
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    texts = replace(published, ends=frozenset({0, 5}), template=template)
+    G.save_model(tmp_path, model, texts)
+    _, again = G.open_model(tmp_path)
+    assert (again.ends, again.template) == ({0, 5}, template)
+
+
+def test_what_config_json_can_not_tell_is_not_saved(tmp_path):
+    model, published = G.open_model(MODELS / "llama")
+    model.sizes = replace(model.sizes, factors=(1.0,) * (model.sizes.d_k // 2))
+    with pytest.raises(OSError, match=r"config\.json can't tell that"):
+        G.save_model(tmp_path / "model", model, published)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_mark_typed_by_a_person_is_text(folder):
@@ -222,7 +245,7 @@ def test_a_broken_or_foreign_folder_is_refused_in_a_line(kind, tmp_path):
 
 def test_a_flipped_bit_is_found(tmp_path):
     model, published = G.open_model(MODELS / "llama")
-    G.save_model(tmp_path, model, published.tokenizer)
+    G.save_model(tmp_path, model, published)
     content = bytearray((tmp_path / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -238,7 +261,7 @@ def test_transformers_opens_what_was_saved(tied, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = draw_weights(G.GPT(replace(TINY, tied=tied)))
     tokenizer = learn_tokenizer([TEXT], TINY.vocab_size)
-    G.save_model(tmp_path, model, tokenizer)
+    G.save_model(tmp_path, model, own_texts(tokenizer))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "LlamaForCausalLM"
     tokens = draw(2, 10)

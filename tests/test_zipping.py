@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -213,8 +214,8 @@ def test_other_networks_and_conditions_are_refused(model, monkeypatch):
         with pytest.raises(ValueError, match="zipped with another network"):
             Z.unzip_bytes(changed, tokenizer, mark_id, zipped, print)
     now = Z.read_conditions(model)
-    assert now == [torch.__version__, "cpu", "1"]
-    for name, place in (("torch", 0), ("--device", 1), ("OMP_NUM_THREADS", 2)):
+    assert now == [torch.__version__, tokenizers.__version__, "cpu", "1"]
+    for place, name in enumerate(("torch", "tokenizers", "--device", "OMP_NUM_THREADS")):
         elsewhere = [*now[:place], "other", *now[place + 1 :]]
         monkeypatch.setattr(Z, "read_conditions", lambda _, found=elsewhere: found)
         with pytest.raises(

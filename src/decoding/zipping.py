@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
+import tokenizers
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ from decoding.coder import Decoder, Encoder, cumulate, token_frequencies
 from decoding.sampling import LanguageModel
 
 MAGIC = b"GPTz"
-VERSION = 1
+VERSION = 2
 START = struct.Struct("<4sBI")  # MAGIC, VERSION, and a checksum of all that follows
 FIELDS = struct.Struct("<8sQQIB")  # of Header, and the length of its conditions
-CONDITIONS = ("torch", "--device", "OMP_NUM_THREADS")  # others round otherwise
+# Others may round otherwise, or cut a text into other tokens.
+CONDITIONS = ("torch", "tokenizers", "--device", "OMP_NUM_THREADS")
 ANY_BYTE = cumulate(np.ones(256, dtype=np.int64))
 TIMED = 5  # steps, after one to warm up
 
@@ -187,7 +189,8 @@ def make_digest(model: PublishedModel, tokenizer: Tokenizer, mark_id: int) -> by
 def read_conditions(model: PublishedModel) -> list[str]:
     """Return the values of CONDITIONS."""
     device = next(model.parameters()).device
-    return [torch.__version__, device.type, str(torch.get_num_threads())]
+    threads = str(torch.get_num_threads())
+    return [torch.__version__, tokenizers.__version__, device.type, threads]
 
 
 class Header(NamedTuple):
@@ -265,11 +268,11 @@ def unzip_bytes(
     Raises ValueError if they are broken, or were zipped with another network or elsewhere.
     """
     header, coded = unpack(zipped)
-    if header.digest != make_digest(model, tokenizer, mark_id):
-        raise ValueError("it was zipped with another network")
     for name, then, now in zip(CONDITIONS, header.conditions, read_conditions(model), strict=True):
         if then != now:
             raise ValueError(f"it needs {name} {then}; here is {now}")
+    if header.digest != make_digest(model, tokenizer, mark_id):
+        raise ValueError("it was zipped with another network")
     announce(measure_step(model, mark_id, header.items) * header.items)
     items = code_items(model, mark_id, header.items, Decoder(coded).decode)
     content = to_bytes(tokenizer, model.sizes.vocab_size, items)

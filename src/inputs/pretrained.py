@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from inputs.documents import MARK
+from inputs.documents import MARK, MARK_ID
 from inputs.gguf import Stored, make_tokenizer, open_gguf
 from inputs.text import open_tokenizer
 
@@ -92,17 +92,23 @@ SCALING = (  # of config.json, in the order of gpt.py's Scaling
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Published:
-    """A model as its files describe it. Its weights are not read yet."""
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """How texts become the tokens of a network, and where they begin and end."""
 
-    settings: dict[str, Any]  # by the names of gpt.py's Sizes
-    tensors: dict[str, Stored]  # by the names of gpt.py
     tokenizer: Tokenizer
     mark: int  # stands before each document
     ends: frozenset[int]  # tokens, each of which ends a text
     template: str | None  # how a talk becomes a text, for jinja2
     names: dict[str, str]  # of marks in the template, such as bos_token, with the marks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(Texts):
+    """A model as its files describe it. Its weights are not read yet."""
+
+    settings: dict[str, Any]  # by the names of gpt.py's Sizes
+    tensors: dict[str, Stored]  # by the names of gpt.py
     crc32: str | None = None  # of the tensors, where gpt.py has saved them
 
 
@@ -143,31 +149,64 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path.name}: {reason}") from error
 
 
-def make_config(settings: Mapping[str, Any], mark: int) -> bytes:
-    """Return config.json for a Llama with these settings, whose documents begin with `mark`."""
+def own_texts(tokenizer: Tokenizer) -> Texts:
+    """Return what belongs to a tokenizer that was learned here."""
+    return Texts(
+        tokenizer=tokenizer,
+        mark=MARK_ID,
+        ends=frozenset({MARK_ID}),
+        template=None,
+        names={"bos_token": MARK, "eos_token": MARK},
+    )
+
+
+def find_family(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the model_type of a network, and its class in `transformers`."""
+    if settings["qkv_bias"]:
+        return "qwen2", "Qwen2ForCausalLM"
+    if settings["qk_norm"]:
+        return "qwen3", "Qwen3ForCausalLM"
+    return "llama", "LlamaForCausalLM"
+
+
+def make_rotation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_parameters. Raises OSError if they can't say how frequencies are scaled."""
+    if settings["factors"] is not None:
+        raise OSError("its frequencies are scaled as a GGUF file says: config.json can't tell that")
+    found = {"rope_type": "default", "rope_theta": settings["theta"]}
+    if settings["scaling"] is not None:
+        found["rope_type"] = "llama3"
+        found |= zip(SCALING, settings["scaling"], strict=True)
+    return found
+
+
+def make_config(settings: Mapping[str, Any], texts: Texts) -> bytes:
+    """Return config.json of a network with these settings, by the names of gpt.py's Sizes."""
+    family, architecture = find_family(settings)
+    ends = sorted(texts.ends)
     config = {theirs: settings[ours] for ours, theirs in SETTINGS.items()} | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": family,
         "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": settings["qkv_bias"],
         "mlp_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": settings["theta"]},
-        "bos_token_id": mark,
-        "eos_token_id": mark,
+        "rope_parameters": make_rotation(settings),
+        "bos_token_id": texts.mark,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "dtype": "float32",
     }
     return json.dumps(config, indent=2).encode()
 
 
-def make_tokenizer_config(mark: str, context: int) -> bytes:
+def make_tokenizer_config(texts: Texts, context: int) -> bytes:
     """Return tokenizer_config.json."""
-    config = {
+    config = texts.names | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": mark,
-        "eos_token": mark,
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
+    if texts.template is not None:
+        config["chat_template"] = texts.template
     return json.dumps(config, indent=2).encode()
 
 

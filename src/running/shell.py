@@ -101,7 +101,7 @@ def printable(text: object) -> str:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield the lines that a person types, or those of a pipe, until Ctrl-D or Ctrl-C.
+    """Yield the lines that a person types, until Ctrl-D or Ctrl-C, or those of a pipe.
 
     Empty ones are passed over, and those that are not UTF-8 refused.
     """
@@ -120,9 +120,13 @@ def typed_lines() -> Iterator[str]:
                 print("that line is not UTF-8", file=sys.stderr)
             elif line.strip():
                 yield line
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         if on_terminal:
             print()
+    except KeyboardInterrupt:
+        if not on_terminal:
+            raise
+        print()
 
 
 def is_utf8(text: str) -> bool:
