@@ -10,6 +10,7 @@ compresses a file. `transformers` opens that folder, too.
 
 import argparse
 import bz2
+import copy
 import lzma
 import math
 import os
@@ -24,17 +25,20 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from decoding.chat import Conversation, Writer
 from decoding.sampling import Sampling, decode_stream, next_tokens, until
+from decoding.search import autocast
 from decoding.zipping import unzip_bytes, zip_bytes
 from inputs.documents import (
-    MARK_ID,
     Documents,
     draw_windows,
     encode_documents,
@@ -53,7 +57,15 @@ from inputs.pretrained import (
     own_texts,
     published_name,
 )
-from running.processes import alone, say
+from running.processes import (
+    alone,
+    by_each,
+    by_first,
+    joined_processes,
+    own_parts,
+    rank_and_world,
+    say,
+)
 from running.runs import Epoch, Run, check_start, going_on, set_aside
 from running.settings import add_settings, check_settings, flag, read_settings, setting
 from running.shell import (
@@ -69,9 +81,12 @@ from running.shell import (
     write,
 )
 
-RESULTS = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
-EPOCHS = 5  # parts of a run, each of which ends with a validation
+BEFORE_FALL = "checkpoint-before-fall.pt"
+RESULTS = (
+    BEFORE_FALL, "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 SAMPLES = 20
+LONGEST_SAMPLE = 256  # tokens
 AT_ONCE = 8192  # tokens are measured
 LOGITS = 1 << 23  # at once: with a large vocabulary, those of all tokens would fill the memory
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -270,6 +285,56 @@ class GPT(nn.Module):
         return self.to_logits(self.hidden(tokens, positions, mask))
 
 
+class LoRA(nn.Module):
+    """W x + B A x, where W stays as it is, and A and B are small (Hu et al. 2021).
+
+    B starts at 0, so at first nothing changes.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.A = nn.Linear(linear.in_features, rank, bias=False)
+        self.B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., in_features) after both: (..., out_features)."""
+        return self.linear(x) + self.B(self.A(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """Return one linear layer that does the same."""
+        linear = copy.deepcopy(self.linear)
+        linear.weight += self.B.weight @ self.A.weight
+        return linear
+
+
+def parts_of_layers(model: GPT) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return the modules of the sublayers: for each, its owner, its name there, and itself."""
+    owners = [owner for layer in model.layers for owner in layer.children()]
+    return [(owner, name, part) for owner in owners for name, part in owner.named_children()]
+
+
+def add_lora(model: GPT, rank: int) -> None:
+    """Let only LoRA's small matrices learn, beside each matrix of the layers."""
+    model.requires_grad_(False)
+    for owner, name, part in parts_of_layers(model):
+        if isinstance(part, nn.Linear):
+            setattr(owner, name, LoRA(part, rank))
+
+
+def merge_lora(model: GPT) -> GPT:
+    """Return the network with LoRA's matrices added to those beside them; itself without LoRA."""
+    if not any(isinstance(module, LoRA) for module in model.modules()):
+        return model
+    merged = copy.deepcopy(model)
+    for owner, name, part in parts_of_layers(merged):
+        if isinstance(part, LoRA):
+            setattr(owner, name, part.merged())
+    return merged
+
+
 def published_weights(model: GPT) -> dict[str, Tensor]:
     """Return the weights by their names in model.safetensors; a tied output has none there."""
     weights = model.state_dict()
@@ -361,11 +426,16 @@ class Settings:
     context: int = setting(256, 2, 1_000_000, "tokens, at most")
     tied: bool = setting(False, False, True, "let the output share the embedding's weights")
     vocab_size: int = setting(1024, 257, 1_000_000, "tokens in the vocabulary, at most")
+    lora_rank: int = setting(0, 0, 4096, "with --model: of LoRA's matrices; 0: all weights learn")
     steps: int = setting(2050, 1, 100_000_000, "steps of training")
+    interval: int = setting(410, 1, 10_000_000, "steps between validations")
     batch_size: int = setting(8, 1, 100_000, "windows of the text per step")
+    part_size: int = setting(64, 1, 100_000, "windows that a process computes at once")
     muon: bool = setting(True, False, True, "train matrices by Muon, not by AdamW")
     matrix_rate: float = setting(0.02, 0.0, 10.0, "learning rate of the layers' matrices")
     learning_rate: float = setting(0.02, 0.0, 10.0, "learning rate of all else")
+    weight_decay: float = setting(0.0, 0.0, 10.0, "of the layers' matrices")
+    clip: float = setting(0.0, 0.0, 1e6, "longest gradient; 0: any")
     warmup: int = setting(20, 1, 1_000_000, "steps during which the rates rise")
     falling: float = setting(0.7, 0.01, 1.0, "share of the steps during which the rates fall to 0")
 
@@ -384,6 +454,35 @@ class Settings:
             self.d_model // self.num_heads, self.d_ff, self.context, self.tied,
         )  # fmt: skip
 
+    @property
+    def fall(self) -> int:
+        """The step at which the rates begin to fall."""
+        return round(self.steps * (1 - self.falling))
+
+
+PRESETS = {
+    "tiny": Settings(),
+    "small": Settings(
+        d_model=256, num_layers=4, num_heads=8, num_kv_heads=8, d_ff=704, context=512,
+        vocab_size=4096, steps=4000, interval=400, falling=0.4, weight_decay=0.1, clip=1.0,
+    ),
+    "base": Settings(  # the sizes of GPT-2 (Radford et al. 2019)
+        d_model=768, num_layers=12, num_heads=12, num_kv_heads=12, d_ff=2048, context=1024,
+        tied=True, vocab_size=50_257, steps=20_000, interval=500, batch_size=512, part_size=16,
+        learning_rate=0.003, weight_decay=0.1, clip=1.0, warmup=500, falling=0.4,
+    ),
+    "tune": Settings(
+        steps=100, interval=50, batch_size=4, muon=False, matrix_rate=1e-4, learning_rate=1e-4,
+        warmup=10, falling=1.0,
+    ),
+    "lora": Settings(
+        lora_rank=16, steps=100, interval=50, batch_size=4, muon=False, matrix_rate=1e-3,
+        learning_rate=1e-3, warmup=10, falling=1.0,
+    ),
+}  # fmt: skip
+SIZES = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "tied", "vocab_size")
+CONDITIONS = ("steps", "falling", "part_size")  # may change as a run is resumed
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -394,12 +493,12 @@ class Corpus:
     held_out_bytes: int
 
 
-def encode(documents: Documents, tokenizer: Tokenizer, context: int) -> Corpus:
+def encode(documents: Documents, texts: Texts, context: int) -> Corpus:
     """Encode the documents. Raises OSError if they are shorter than a window."""
-    tokens = torch.cat(encode_documents(tokenizer, documents.training))
+    tokens = torch.cat(encode_documents(texts.tokenizer, documents.training, texts.mark))
     if len(tokens) <= context:
         raise OSError(f"the text has {len(tokens):,} tokens: too few for a context of {context:,}")
-    held_out = encode_documents(tokenizer, documents.held_out)
+    held_out = encode_documents(texts.tokenizer, documents.held_out, texts.mark)
     return Corpus(tokens, held_out, len("".join(documents.held_out).encode()))
 
 
@@ -408,13 +507,17 @@ def make_optimizers(model: GPT, settings: Settings) -> list[Optimizer]:
 
     Muon (Jordan et al. 2024) makes a matrix's step equally long in every direction.
     """
-    matrices = [W for W in model.layers.parameters() if W.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not W for W in matrices)]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [W for W in model.layers.parameters() if W.requires_grad and W.dim() == 2]
+    others = [p for p in learning if all(p is not W for W in matrices)]
+    decay = settings.weight_decay
     first: Optimizer
     if settings.muon:
-        first = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.0)
+        first = torch.optim.Muon(matrices, momentum=0.95, weight_decay=decay)
     else:
-        first = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        first = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    if not others:
+        return [first]
     second = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [first, second]
 
@@ -424,32 +527,40 @@ def set_rates(optimizers: Sequence[Optimizer], step: int, settings: Settings) ->
     rising = (step + 1) / settings.warmup
     falling = (1 - step / settings.steps) / settings.falling
     factor = min(1.0, rising, falling)
-    for optimizer, rate in zip(
-        optimizers, (settings.matrix_rate, settings.learning_rate), strict=True
-    ):
+    rates = (settings.matrix_rate, settings.learning_rate)
+    for optimizer, rate in zip(optimizers, rates, strict=False):  # with LoRA, there is only one
         optimizer.param_groups[0]["lr"] = rate * factor
 
 
-def train_epoch(run: Run[GPT], tokens: Tensor, settings: Settings) -> None:
-    """Train from the checkpoint on to the end of this part of the run.
+def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Settings) -> None:
+    """Train from the checkpoint on to the next validation.
 
-    A window may cross from one document into the next; the mark between them says so.
+    A window may cross from one document into the next; the mark between them says so. Each of
+    several processes takes its share of a batch, in parts that fit into memory.
     """
-    model = run.model.train()
+    model.train()
     width = settings.context + 1
     starts = draw_windows(len(tokens), width, settings.steps * settings.batch_size, run.seed)
-    parts = starts.view(settings.steps, settings.batch_size).tensor_split(run.epochs)
-    for batch in run.steps(parts[run.progress.epoch].unbind()):
+    batches = starts.view(settings.steps, settings.batch_size).split(settings.interval)
+    for batch in run.steps(batches[run.progress.epoch].unbind()):
+        if run.progress.step == settings.fall:
+            run.keep(BEFORE_FALL)
         set_rates(run.optimizers, run.progress.step, settings)
-        windows = tokens[batch.unsqueeze(1) + torch.arange(width)].to(run.device)  # (B, T + 1)
-        logits = model(windows[:, :-1])
-        labels = windows[:, 1:]  # shifted by one: after each token comes the next
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         model.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=run.device)
+        for part, weight in own_parts(model, batch, settings.part_size):
+            windows = tokens[part.unsqueeze(1) + torch.arange(width)].to(run.device)  # (B, T + 1)
+            with autocast(run.device):
+                logits = model(windows[:, :-1])
+            labels = windows[:, 1:]  # shifted by one: after each token comes the next
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) * weight
+            loss.backward()
+            total += loss.detach()
+        if settings.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for optimizer in run.optimizers:
             optimizer.step()
-        run.add(loss, 1)
+        run.add(total, rank_and_world()[1])
 
 
 @torch.inference_mode()
@@ -479,7 +590,7 @@ def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
     return torch.cat(bits).double()
 
 
-def validate(run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer) -> float:
+def validate(run: Run[GPT], corpus: Corpus, texts: Texts) -> float:
     """Save the network; return its mean loss on what is held out, in nats per token.
 
     Raises FloatingPointError if that is not finite.
@@ -488,18 +599,20 @@ def validate(run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer) -> float:
     if not math.isfinite(loss):
         raise FloatingPointError(f"the validation loss became {loss}; lower rates may help")
     with going_on(strict=run.in_last_epoch):
-        save_model(run.out, run.model, own_texts(tokenizer))
+        save_model(run.out, merge_lora(run.model), texts)
     return loss
 
 
-def train(
-    run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer, settings: Settings
-) -> Iterator[Epoch]:
+def train(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Settings) -> Iterator[Epoch]:
     """Train to the last epoch; yield the numbers of each epoch once they are saved."""
+    model: nn.Module = run.model
+    if dist.is_initialized():
+        model = DistributedDataParallel(model)
     with run.stoppable():
         while not run.ended:
-            train_epoch(run, corpus.tokens, settings)
-            run.end_epoch(validate(run, corpus, tokenizer))
+            train_epoch(run, model, corpus.tokens, settings)
+            loss = by_first(lambda: validate(run, corpus, texts))
+            run.end_epoch(loss)
             yield run.progress.rows[-1]
 
 
@@ -520,19 +633,19 @@ def compress(content: bytes, given: bytes = b"") -> dict[str, float]:
     return found
 
 
-def sample(model: GPT, tokenizer: Tokenizer, count: int, seed: int) -> list[str]:
+def sample(model: GPT, texts: Texts, count: int, seed: int) -> list[str]:
     """Return documents that the network writes from nothing, up to its context."""
-    prompts = [[MARK_ID]] * count
+    prompts = [[texts.mark]] * count
     seeds = range(seed, seed + count)
-    columns = next_tokens(
-        model, prompts, Sampling(temperature=0.8), seeds, model.sizes.context, end=MARK_ID
-    )
+    length = min(model.sizes.context, LONGEST_SAMPLE)
+    columns = next_tokens(model, prompts, Sampling(temperature=0.8), seeds, length, end=texts.mark)
     rows = zip(*columns, strict=True)
-    return [tokenizer.decode([token for token in row if token is not None]) for row in rows]
+    written = [[token for token in row if token is not None] for row in rows]
+    return [texts.tokenizer.decode(tokens) for tokens in written]
 
 
 def save_results(
-    run: Run[GPT], documents: Documents, corpus: Corpus, tokenizer: Tokenizer
+    run: Run[GPT], documents: Documents, corpus: Corpus, texts: Texts
 ) -> tuple[float, dict[str, float], list[str]]:
     """Save and return the bits per byte, those of compressors, and samples."""
     bits = measure_bits(run.model, corpus.held_out).sum().item() / corpus.held_out_bytes
@@ -540,24 +653,33 @@ def save_results(
         "".join(texts).encode() for texts in (documents.held_out, documents.training)
     )
     compressors = compress(held_out, training)
-    texts = sample(run.model, tokenizer, SAMPLES, run.seed)
-    shared = longest_shared_runs(texts, "".join(documents.training))
+    written = sample(run.model, texts, SAMPLES, run.seed)
+    shared = longest_shared_runs(written, "".join(documents.training))
     samples = [
         {"text": text, "longest_shared_run": length}
-        for text, length in zip(texts, shared, strict=True)
+        for text, length in zip(written, shared, strict=True)
     ]
     run.save_metrics(bits_per_byte=bits, compressors=compressors, samples=samples)
-    return bits, compressors, texts
+    return bits, compressors, written
 
 
-def show_training(run: Run[GPT], corpus: Corpus, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Train; print the size of network and text, and the results of each epoch as it ends."""
+def show_training(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Settings) -> None:
+    """Train; in the first process, print sizes, and the results of each epoch as it ends."""
+    rank, _ = rank_and_world()
+    if rank > 0:
+        for _ in train(run, corpus, texts, settings):
+            pass
+        return
     count = sum(p.numel() for p in run.model.parameters())
-    print(f"{count:,} parameters on {run.device}, {len(corpus.tokens):,} tokens\n")
+    learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    print(f"{count:,} parameters on {run.device}, {len(corpus.tokens):,} tokens")
+    if learning < count:
+        print(f"{learning:,} of the parameters learn")
+    print()
     held_out = sum(len(ids) - 1 for ids in corpus.held_out)
     bits_per_nat = held_out / corpus.held_out_bytes / math.log(2)
     print("steps  training loss  validation loss  bits per byte  seconds", flush=True)
-    for _, training, validation, seconds in train(run, corpus, tokenizer, settings):
+    for _, training, validation, seconds in train(run, corpus, texts, settings):
         bits = validation * bits_per_nat
         print(
             f"{run.progress.step:5}  {training:13.4f}  {validation:15.4f}  {bits:13.4f}"
@@ -578,12 +700,12 @@ def printable_lines(text: str) -> str:
     return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
-def show_results(run: Run[GPT], documents: Documents, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def show_results(run: Run[GPT], documents: Documents, corpus: Corpus, texts: Texts) -> None:
     """Measure the network; print bits per byte, and three samples."""
-    bits, compressors, texts = save_results(run, documents, corpus, tokenizer)
+    bits, compressors, written = save_results(run, documents, corpus, texts)
     print(f"\nBits per byte of {corpus.held_out_bytes:,} bytes that were held out")
     show_compressors(bits, compressors)
-    for text in texts[:3]:
+    for text in written[:3]:
         print(f"\n--- a sample at temperature 0.8\n{printable_lines(text)}")
 
 
@@ -773,36 +895,74 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--top-p", type=number(1e-9, 1.0), default=1.0, help="draw from the likeliest, up to p")
     add("--stop", type=prompt, metavar="TEXT", help="end before this text is written")
     add("--force", action="store_true", help="let --zip and --unzip replace a file")
-    add_settings(parser, {"tiny": Settings()})
+    add("--preset", choices=PRESETS, help="set of settings; tune with --model, else tiny")
+    add_settings(parser, PRESETS)
     args = parser.parse_args(argv)
-    if args.model is not None and not uses_model(args):
-        parser.error("argument --model: needs --write, --chat, --bits, --zip or --unzip")
+    trained_on = args.model is not None and not uses_model(args)
+    preset = PRESETS[args.preset or ("tune" if trained_on else "tiny")]
+    for name in SIZES if trained_on else ():
+        if name in args:
+            parser.error(f"argument {flag(name)}: not allowed with argument --model")
+    if trained_on and args.data is None:
+        parser.error("argument --model: needs --write, --chat, --bits, --zip, --unzip or --data")
     if args.stop is not None and args.write is None:
         parser.error("argument --stop: needs --write")
     if args.force and args.zip is None and args.unzip is None:
         parser.error("argument --force: needs --zip or --unzip")
     try:
-        return args, read_settings(args, Settings())
+        settings = read_settings(args, preset)
     except ValueError as error:
         parser.error(f"argument {error}")
+    if settings.lora_rank > 0 and args.model is None:
+        parser.error("argument --lora-rank: needs --model")
+    return args, settings
+
+
+def begin(
+    path: Path | None, documents: Documents, settings: Settings, seed: int
+) -> tuple[GPT, Texts]:
+    """Return the network to train: a published one, or one with random weights.
+
+    Raises OSError if the published one takes no windows of the context's size.
+    """
+    torch.manual_seed(seed)
+    if path is None:
+        texts = own_texts(learn_tokenizer(documents.training[::4], settings.vocab_size))
+        return GPT(settings.sizes(texts.tokenizer.get_vocab_size())), texts
+    model, texts = open_model(path)
+    if settings.context > model.sizes.context:
+        raise OSError(f"{path} takes {model.sizes.context:,} tokens at most: lower --context")
+    return model, texts
+
+
+def identify(model: GPT, published: bool, corpus: Corpus, settings: Settings) -> dict[str, Any]:
+    """Return what must stay the same when a run is resumed, besides the seed."""
+    fixed: dict[str, Any] = {"text": checksum({"tokens": corpus.tokens})} | asdict(settings)
+    for name in CONDITIONS:
+        del fixed[name]
+    if published:
+        for name in SIZES:  # those of the published network count
+            del fixed[name]
+        fixed["model"] = checksum(published_weights(model))
+    return fixed
 
 
 def make_run(
     out: Path,
+    model: GPT,
+    fixed: dict[str, Any],
     settings: Settings,
-    corpus: Corpus,
-    vocab_size: int,
-    device: torch.device,
     seed: int,
-    save_minutes: float,
+    save_minutes: float = 10.0,
 ) -> Run[GPT]:
-    """Make a network and its optimizers, and the run that trains it on the corpus."""
-    torch.manual_seed(seed)
-    model = GPT(settings.sizes(vocab_size)).to(device)
-    fixed: dict[str, Any] = {"text": checksum({"tokens": corpus.tokens})} | asdict(settings)
+    """Make the optimizers of a network, and the run that trains it."""
+    if settings.lora_rank > 0:
+        add_lora(model, settings.lora_rank)
     optimizers = make_optimizers(model, settings)
-    epochs = min(EPOCHS, settings.steps)
-    return Run(out, model, optimizers, fixed, epochs, seed, save_minutes=save_minutes)
+    epochs = math.ceil(settings.steps / settings.interval)
+    values = asdict(settings)
+    conditions = {name: values[name] for name in CONDITIONS}
+    return Run(out, model, optimizers, fixed, epochs, seed, conditions, save_minutes)
 
 
 @command
@@ -827,20 +987,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_unzipping(model, published, args.unzip, args.force)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
-        check_start(out, args.resume, args.restart)
-        documents = read_documents(args.data or standard_library())
-        tokenizer = learn_tokenizer(documents.training[::4], settings.vocab_size)
-        corpus = encode(documents, tokenizer, settings.context)
-        set_aside(out, RESULTS, args.resume)
-        vocab_size = tokenizer.get_vocab_size()
-        run = make_run(out, settings, corpus, vocab_size, args.device, args.seed, args.save_minutes)
+    with joined_processes(args.device), alone(out):
+        by_first(lambda: check_start(out, args.resume, args.restart))
+        documents = by_each(lambda: read_documents(args.data or standard_library()))
+        model, texts = by_each(lambda: begin(args.model, documents, settings, args.seed))
+        corpus = by_each(lambda: encode(documents, texts, settings.context))
+        by_first(lambda: set_aside(out, RESULTS, args.resume))
+        fixed = identify(model, args.model is not None, corpus, settings)
+        run = make_run(out, model.to(args.device), fixed, settings, args.seed, args.save_minutes)
         run.resume()
-        show_training(run, corpus, tokenizer, settings)
-        show_results(run, documents, corpus, tokenizer)
-        print(f"\nSaved in {printable(out)} after {time.perf_counter() - started:.1f} s")
+        show_training(run, corpus, texts, settings)
+        by_first(lambda: show_results(run, documents, corpus, texts))
+        seconds = time.perf_counter() - started
+        by_first(lambda: print(f"\nSaved in {printable(out)} after {seconds:.1f} s", flush=True))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(record(main)())

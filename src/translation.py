@@ -18,7 +18,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -54,7 +53,14 @@ from inputs.pairs import (
 )
 from inputs.phrases import check_languages, phrases_name, write_phrases
 from inputs.text import BOS, EOS, MAX_LENGTH, PAD, decode_lines, open_tokenizer
-from running.processes import alone, by_each, by_first, joined_processes, rank_and_world
+from running.processes import (
+    alone,
+    by_each,
+    by_first,
+    joined_processes,
+    rank_and_world,
+    synced,
+)
 from running.runs import Epoch, Run, check_start, going_on, set_aside
 from running.settings import add_settings, check_settings, flag, read_settings, setting
 from running.shell import (
@@ -227,13 +233,6 @@ def batch_loss(model: nn.Module, corpus: Corpus, rows: Tensor, smoothing: float)
         return F.cross_entropy(
             logits, labels, ignore_index=PAD, reduction="sum", label_smoothing=smoothing
         )
-
-
-def synced(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Let DDP average the gradients of the processes with the last part of a batch only."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
 
 
 def add_gradients(

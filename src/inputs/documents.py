@@ -90,10 +90,12 @@ def learn_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return open_tokenizer(tokenizer.to_str())
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:
+def encode_documents(
+    tokenizer: Tokenizer, texts: Sequence[str], mark: int = MARK_ID
+) -> list[Tensor]:
     """Return the tokens of each text, with the mark before them."""
     encodings = tokenizer.encode_batch_fast([*texts])
-    return [torch.tensor([MARK_ID, *encoding.ids]) for encoding in encodings]
+    return [torch.tensor([mark, *encoding.ids]) for encoding in encodings]
 
 
 def draw_windows(length: int, width: int, count: int, seed: int) -> Tensor:

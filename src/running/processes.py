@@ -1,7 +1,7 @@
 """Several processes that work as one, the folder of a run, and the signals that may stop it.
 
-runs.py and translation.py use it. The processes are those that torchrun starts. One of them does
-what may be done only once, and the others wait for its outcome.
+runs.py, gpt.py and translation.py use it. The processes are those that torchrun starts. One of them
+does what may be done only once, and the others wait for its outcome.
 """
 
 import datetime
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before DDP does: its functions keep a group that exists by then
 from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from running.shell import Stopped, first_line, printable
 
@@ -89,6 +91,31 @@ def joined_processes(device: torch.device) -> Iterator[None]:
 def rank_and_world() -> tuple[int, int]:
     """Return the number of this process among those of torchrun, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def synced(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Let DDP average the gradients of the processes with the last part of a batch only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def own_parts(model: nn.Module, batch: Tensor, most: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield the rows of a batch that this process computes, at most so many at once.
+
+    Each part has a weight. With the mean losses of the parts times their weights, the gradients
+    add up to that of the mean over the batch, once DDP has averaged those of the processes.
+    """
+    rank, world = rank_and_world()
+    share = batch[rank::world]
+    weight = world / len(batch)
+    if len(share) == 0:  # takes part, and adds nothing
+        share = batch[:1]
+        weight = 0.0
+    parts = share.split(most)
+    for n, part in enumerate(parts, start=1):
+        with synced(model, last=n == len(parts)):
+            yield part, weight * len(part)
 
 
 def say(text: object) -> None:

@@ -219,8 +219,9 @@ class Run(Generic[Model]):
     def keep(self, name: str) -> None:
         """Write a checkpoint of this name, too, which later ones don't replace.
 
-        Renamed to checkpoint.pt, it resumes the run from there.
+        Renamed to checkpoint.pt, it resumes the run from there. Each process has to call it.
         """
+        self.sum_up()  # the losses since the last look belong to it
 
         def save() -> None:
             with going_on(strict=self.in_last_epoch):
