@@ -29,6 +29,11 @@ def make_mask(name, B, T, S):
     return {"none": None, "causal": causal, "padding": padding, "both": causal & padding}[name]
 
 
+def attend(Q, K, V, mask):
+    """Return the output of one head for one sequence."""
+    return torch.from_numpy(attention_by_loops(*(x.detach().numpy() for x in (Q, K, V)), mask)[0])
+
+
 def gradients(output, *inputs):
     return torch.autograd.grad(output.square().sum(), inputs)
 
@@ -51,6 +56,48 @@ def attention_by_loops(Q, K, V, mask=None):
         for j in range(len(K)):
             output[i] += weights[i, j] * V[j]
     return output, weights
+
+
+def test_each_row_of_scores_becomes_weights_that_sum_to_1():
+    Q = torch.tensor([[1.0], [0.0]])
+    K = torch.tensor([[1.0], [2.0], [5.0]]).log()  # the scores are log 1, log 2, log 5; and 0, 0, 0
+    V = torch.tensor([[8.0], [16.0], [24.0]])
+    output, weights = A.scaled_dot_product_attention(Q, K, V)
+    torch.testing.assert_close(weights, torch.tensor([[1 / 8, 2 / 8, 5 / 8], [1 / 3] * 3]))
+    torch.testing.assert_close(output, torch.tensor([[20.0], [16.0]]))
+
+
+def test_scores_are_divided_by_the_root_of_d_k():
+    Q = torch.tensor([[1.0] * 4, [0.0] * 4])
+    K = torch.tensor([[1.0] * 4, [2.0] * 4, [5.0] * 4]).log() / 2  # QKᵀ is twice what is above
+    _, weights = A.scaled_dot_product_attention(Q, K, K)
+    torch.testing.assert_close(weights, torch.tensor([[1 / 8, 2 / 8, 5 / 8], [1 / 3] * 3]))
+
+
+def test_a_masked_key_has_no_weight_and_the_others_sum_to_1():
+    Q = torch.tensor([[1.0], [0.0]])
+    K = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    for mask, expected in (
+        ([[True, True, False], [True, True, True]], [[1 / 3, 2 / 3, 0], [1 / 3] * 3]),
+        ([[False, False, True], [False] * 3], [[0, 0, 1], [0, 0, 0]]),
+    ):
+        _, weights = A.scaled_dot_product_attention(Q, K, K, torch.tensor(mask))
+        torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shift", [30_000.0, -30_000.0])
+def test_only_the_differences_of_the_scores_that_are_allowed_matter(shift):
+    scores = torch.tensor([[1.0, 2.0, 5.0], [1.0, 1.0, 3.0]], dtype=torch.float64).log()
+    scores[1, 1] = 20_000
+    scores += torch.tensor([[shift], [-shift]])
+    Q, K = scores * math.sqrt(3), torch.eye(3, dtype=torch.float64)  # QKᵀ/√3 are the scores
+    some = torch.tensor([[True, True, False], [True, False, True]])
+    for mask, expected in (
+        (None, [[1 / 8, 2 / 8, 5 / 8], [0, 1, 0]]),
+        (some, [[1 / 3, 2 / 3, 0], [1 / 4, 0, 3 / 4]]),
+    ):
+        _, weights = A.scaled_dot_product_attention(Q, K, K, mask)
+        torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
 
 
 @settings(deadline=None, max_examples=30)
@@ -85,10 +132,11 @@ def test_values_and_gradients_are_those_of_pytorch(name, batch, T, S, d_k, d_v, 
     mask = make_mask(name, 1, T, S)
     mask = None if mask is None else mask[0]
     output, weights = A.scaled_dot_product_attention(Q, K, V, mask)
-    expected = F.scaled_dot_product_attention(Q, K, V, mask)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(gradients(output, Q, K, V), gradients(expected, Q, K, V))
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+    one_hot = torch.eye(S, dtype=torch.float64).expand(*batch, S, S)  # averaged, they are weights
+    theirs = [F.scaled_dot_product_attention(Q, K, values, mask) for values in (V, one_hot)]
+    found, expected = (torch.cat(both, dim=-1) for both in ((output, weights), theirs))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, Q, K, V), gradients(expected, Q, K, V))
 
 
 def test_a_query_that_may_attend_to_nothing_gets_zeros_and_no_nan():
@@ -126,6 +174,7 @@ def test_scores_of_ten_thousand_make_no_nan(dtype, sign):
     Q = (sign * Q).requires_grad_()
     for mask in (None, A.causal_mask(4), torch.zeros(4, 4, dtype=torch.bool)):
         output, weights = A.scaled_dot_product_attention(Q, K, K, mask)
+        assert output.dtype == weights.dtype == dtype
         assert output.isfinite().all()
         assert gradients(output, Q)[0].isfinite().all()
         if mask is None:
@@ -148,8 +197,23 @@ def test_shapes_that_do_not_fit_are_named(shapes, mask, message):
 
 def test_masks_are_true_where_a_query_may_attend():
     assert A.causal_mask(3).tolist() == [[True, False, False], [True, True, False], [True] * 3]
-    padding = A.padding_mask(torch.tensor([[5, 9, 9], [9, 5, 0]]), pad=9)
-    assert padding.tolist() == [[[True, False, False]], [[False, True, True]]]
+    tokens = torch.tensor([[5, 9, 9], [9, 5, 0]])
+    assert A.padding_mask(tokens, pad=9).tolist() == [[[True, False, False]], [[False, True, True]]]
+    assert A.padding_mask(tokens, pad=5).tolist() == [[[False, True, True]], [[True, False, True]]]
+    numbers = range(100)
+    assert A.causal_mask(100).tolist() == [[j <= i for j in numbers] for i in numbers]
+    padding = A.padding_mask(torch.tensor([numbers]), pad=99)
+    assert padding.tolist() == [[[number < 99 for number in numbers]]]
+
+
+def test_masks_are_boolean_and_made_where_they_are_needed():
+    tokens = torch.tensor([[5, 9, 9], [9, 5, 0]])
+    with torch.device("meta"):  # what is made on no device in particular lands there
+        masks = A.padding_mask(tokens, pad=9), A.causal_mask(3, tokens.device)
+    for mask in masks:
+        assert (mask.dtype, mask.device) == (torch.bool, tokens.device)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        A.causal_mask(3, "nowhere")
 
 
 def test_what_each_function_makes_of_a_mask():
@@ -176,14 +240,50 @@ def test_what_each_function_makes_of_a_mask():
     }
 
 
-@pytest.mark.parametrize("d_model", [6, 7])
-def test_positional_encoding_is_that_of_section_3_5(d_model):
-    expected = np.zeros((50, d_model))
-    for pos in range(50):
+@pytest.mark.parametrize(("T", "d_model"), [(3, 4), (50, 6), (50, 7), (1, 1), (300, 64)])
+def test_positional_encoding_is_that_of_section_3_5(T, d_model):
+    expected = np.zeros((T, d_model))
+    for pos in range(T):
         for n in range(d_model):
             angle = pos / 10_000 ** (2 * (n // 2) / d_model)
             expected[pos, n] = math.cos(angle) if n % 2 else math.sin(angle)
-    np.testing.assert_allclose(A.positional_encoding(50, d_model).numpy(), expected, atol=1e-5)
+    found = A.positional_encoding(T, d_model)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)  # float32 turns 300 radians
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_heads", [3, 4, 1])
+def test_each_head_gets_its_part_of_the_projections(num_heads):
+    torch.manual_seed(0)
+    heads = A.MultiHeadAttention(12, num_heads).double()
+    three = [torch.randn(2, n, 12, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5)]
+    *found, mask = heads.split_heads(*three, None)
+    assert mask is None
+    projections = heads.W_q.weight, heads.W_k.weight, heads.W_v.weight
+    for Q, x, W in zip(found, three, projections, strict=True):
+        parts = [x @ part.T for part in W.chunk(num_heads)]  # each (2, n, d_k)
+        expected = torch.stack(parts, dim=1)
+        torch.testing.assert_close(Q, expected)
+        torch.testing.assert_close(gradients(Q, x, W), gradients(expected, x, W))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 1, 5), (2, 4, 3, 5), (1, 1, 3, 5)])
+def test_each_head_of_each_sequence_gets_its_mask(shape):
+    torch.manual_seed(0)
+    heads = A.MultiHeadAttention(12, 4).double()
+    query, key, value = (torch.randn(2, n, 12, dtype=torch.float64) for n in (3, 5, 5))
+    mask = torch.rand(shape) < 0.6
+    Q, K, V, split = heads.split_heads(query, key, value, mask)
+    expected = mask.view(2, 1, *shape[1:]) if len(shape) == 3 else mask
+    assert split.tolist() == expected.tolist()
+    each = expected.expand(2, 4, 3, 5)
+    output = torch.stack(
+        [
+            torch.cat([attend(*row) for row in zip(Q[b], K[b], V[b], each[b], strict=True)], dim=-1)
+            for b in range(2)
+        ]
+    )
+    torch.testing.assert_close(heads(query, key, value, mask), heads.W_o(output))
 
 
 def test_many_heads_are_single_heads_side_by_side():
@@ -288,6 +388,18 @@ def test_the_pair_finder_normalizes_the_sum_of_words_and_attention():
     np.testing.assert_allclose(found, expected.reshape(3, A.LENGTH, 2, 10), atol=1e-12)
 
 
+def test_every_parameter_of_the_pair_finder_learns():
+    torch.manual_seed(0)
+    model, digits = A.PairFinder(num_heads=2, d_model=4).double(), torch.randint(10, (2, A.LENGTH))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def logits(*parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(model, named, digits)
+
+    assert torch.autograd.gradcheck(logits, parameters, fast_mode=True)
+
+
 def test_without_positions_the_pair_finder_cannot_tell_places():
     torch.manual_seed(0)
     model, digits = A.PairFinder(num_heads=2), torch.randint(10, (4, A.LENGTH))
@@ -352,24 +464,50 @@ def test_a_loss_that_is_no_number_stops_the_training():
         A.train(model, steps=3)
 
 
-def test_share_exact_counts_whole_sequences():
-    class Copier(nn.Module):
-        """Knows the labels, but gets a digit wrong where the sequence begins with 0, 1 or 2."""
+class Copier(nn.Module):
+    """Knows the labels, but gets a digit wrong where the sequence begins with 0, 1 or 2.
 
+    In training mode it knows nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.first = []
+
+    def forward(self, digits):
+        assert not torch.is_grad_enabled()
+        first = digits[:, 0]
+        self.first += first.tolist()
+        found = torch.stack((digits.flip(1), digits.roll(1, dims=1)), dim=-1)
+        for start, (position, label) in enumerate([(0, 0), (8, 1), (9, 1)]):
+            found[:, position, label] += (first == start) | self.training
+        return F.one_hot(found % 10, 10).float()
+
+
+@pytest.mark.parametrize("count", [200, 7])
+def test_share_exact_counts_whole_sequences(count):
+    torch.manual_seed(0)
+    model = Copier()
+    share = A.share_exact(model, count)
+    exact = sum(digit >= 3 for digit in model.first)
+    assert isinstance(share, float)
+    assert share == pytest.approx(exact / count)
+    assert len(model.first) == count
+    assert 0 < exact < count
+
+
+def test_the_digits_go_to_the_device_of_the_network():
+    class Far(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))  # without numbers
 
         def forward(self, digits):
-            found = torch.stack((digits.flip(1), digits.roll(1, dims=1)), dim=-1)
-            found[:, 8, 1] += (digits[:, 0] < 3).long()
-            return F.one_hot(found % 10, 10).float()
+            raise LookupError(digits.device)
 
-    torch.manual_seed(0)
-    expected = (A.sample_sequences(200, unseen=True)[0][:, 0] >= 3).sum().item() / 200
-    torch.manual_seed(0)
-    assert A.share_exact(Copier(), count=200) == expected
-    assert 0.6 < expected < 0.8
+    with pytest.raises(LookupError, match="meta"):
+        A.share_exact(Far(), count=3)
 
 
 FORMULAS = (
@@ -586,6 +724,7 @@ def test_it_computes_the_same_on_an_accelerator():
     expected = heads(x, x, x, mask), heads.weights(x, x, x, mask)
     device = torch.accelerator.current_accelerator()
     heads, x, mask = heads.to(device), x.to(device), A.causal_mask(9, device)
+    assert mask.device.type == A.padding_mask(x[0].long(), 0).device.type == device.type
     found = heads(x, x, x, mask).cpu(), heads.weights(x, x, x, mask).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
