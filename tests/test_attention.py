@@ -62,16 +62,16 @@ def attention_by_loops(Q, K, V, mask=None):
 def test_each_row_of_scores_becomes_weights_that_sum_to_1():
     Q = torch.tensor([[1.0], [0.0]])
     K = torch.tensor([[1.0], [2.0], [5.0]]).log()  # the scores are log 1, log 2, log 5; and 0, 0, 0
-    V = torch.tensor([[8.0], [16.0], [24.0]])
-    output, weights = A.scaled_dot_product_attention(Q, K, V)
-    torch.testing.assert_close(weights, torch.tensor([[1 / 8, 2 / 8, 5 / 8], [1 / 3] * 3]))
-    torch.testing.assert_close(output, torch.tensor([[20.0], [16.0]]))
+    expected = torch.tensor([[1 / 8, 2 / 8, 5 / 8], [1 / 3, 1 / 3, 1 / 3]])
+    for V in (torch.eye(3), torch.tensor([[8.0], [16.0], [24.0]])):
+        output, weights = A.scaled_dot_product_attention(Q, K, V)
+        torch.testing.assert_close((output, weights), (expected @ V, expected))
 
 
 def test_scores_are_divided_by_the_root_of_d_k():
     Q = torch.tensor([[1.0] * 4, [0.0] * 4])
     K = torch.tensor([[1.0] * 4, [2.0] * 4, [5.0] * 4]).log() / 2  # QKᵀ is twice what is above
-    _, weights = A.scaled_dot_product_attention(Q, K, K)
+    _, weights = A.scaled_dot_product_attention(Q, K, torch.eye(3))
     torch.testing.assert_close(weights, torch.tensor([[1 / 8, 2 / 8, 5 / 8], [1 / 3] * 3]))
 
 
@@ -82,7 +82,7 @@ def test_a_masked_key_has_no_weight_and_the_others_sum_to_1():
         ([[True, True, False], [True, True, True]], [[1 / 3, 2 / 3, 0], [1 / 3] * 3]),
         ([[False, False, True], [False] * 3], [[0, 0, 1], [0, 0, 0]]),
     ):
-        _, weights = A.scaled_dot_product_attention(Q, K, K, torch.tensor(mask))
+        _, weights = A.scaled_dot_product_attention(Q, K, torch.eye(3), torch.tensor(mask))
         torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
 
 
