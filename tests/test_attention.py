@@ -201,6 +201,9 @@ def test_masks_are_true_where_a_query_may_attend():
     tokens = torch.tensor([[5, 9, 9], [9, 5, 0]])
     assert A.padding_mask(tokens, pad=9).tolist() == [[[True, False, False]], [[False, True, True]]]
     assert A.padding_mask(tokens, pad=5).tolist() == [[[False, True, True]], [[True, False, True]]]
+
+
+def test_masks_of_a_hundred_words_follow_the_same_rule():
     numbers = range(100)
     assert A.causal_mask(100).tolist() == [[j <= i for j in numbers] for i in numbers]
     padding = A.padding_mask(torch.tensor([numbers]), pad=99)
