@@ -5,11 +5,15 @@ import importlib
 import os
 import re
 import shlex
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import diagrams
+from running.processes import catching_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -119,7 +123,7 @@ def test_a_link_to_a_line_leads_to_the_definition_of_its_name(page, name, path, 
     assert re.match(rf" *(def|class) {name.rpartition('.')[2]}\b", found)
 
 
-@pytest.mark.parametrize("number", range(1, 5))
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
 def test_the_lines_to_read_are_whole_functions(number):
     text = " ".join(chapter(number).split())
     first, last, script, begin, names = re.search(
@@ -245,3 +249,53 @@ def test_a_clone_has_line_feeds_wherever_it_is_made():
     attributes = (ROOT / ".gitattributes").read_text(encoding="utf-8")
     assert attributes.startswith("* text=auto eol=lf\n")
     assert not any(b"\r" in path.read_bytes() for path in (ROOT / "src").rglob("*.py"))
+
+
+# Long runs
+
+MANUAL = PAGES[ROOT / "docs/long-runs.md"]
+TORCHRUN = MANUAL.partition("| option of torchrun |")[2].partition("\n\n")[0]
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "torchrun " in c}))
+def test_torchrun_takes_the_options_of_a_page(command):
+    args = get_args_parser().parse_args(shlex.split(command.partition("torchrun ")[2]))
+    assert args.training_script == "src/translation.py"
+
+
+@pytest.mark.parametrize("options", re.findall(r"^\| `(.*?)` \|", TORCHRUN, re.MULTILINE))
+def test_torchrun_takes_an_option_of_the_manual(options):
+    get_args_parser().parse_args([*shlex.split(options), "src/translation.py"])
+
+
+def test_every_option_that_the_manual_names_exists(capsys):
+    for script in ("gpt", "translation"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).main(["--help"])
+    print(end="", flush=True)
+    known = {*re.findall(r"--[a-z-]+", capsys.readouterr().out), "--dependency"}
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}
+    prose = re.sub(r"^```.*?^```$", "", MANUAL, flags=re.DOTALL | re.MULTILINE)
+    assert {*re.findall(r"--[a-z]+(?:-[a-z]+)*", prose)} <= known
+
+
+ERRORS = [row for row in re.findall(r"^\| `(.*?)`", MANUAL.partition("## Errors")[2], re.MULTILINE)]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_of_the_manual_stands_in_the_code(error):
+    code = "".join(SCRIPTS.values())
+    parts = [part.strip(": ") for part in error.split("…")]
+    assert any(map(len, parts))
+    assert all(part in code for part in parts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the numbers are those of Linux")
+def test_the_signals_of_the_manual_stop_a_run_with_these_statuses():
+    rows = re.findall(r"^\| (SIG\w+) \| .*? \| (\d+)", MANUAL, re.MULTILINE)
+    said = {signal.Signals[name]: int(status) for name, status in rows}
+    assert all(status == 128 + number for number, status in said.items())
+    before = {number: signal.getsignal(number) for number in said}
+    with catching_signals():
+        caught = {number for number in said if signal.getsignal(number) != before[number]}
+    assert caught == {*said} - {signal.SIGKILL}

@@ -223,13 +223,13 @@ def test_old_files_are_set_aside_and_others_stay(out):
     assert {path.name for path in out.iterdir()} == {"notes.txt", "previous"}
 
 
-# The script of chapter 6
+# The script of the manual
 
 
 @pytest.fixture(scope="module")
 def sine(tmp_path_factory):
-    """The reader's own script, as the chapter has it."""
-    text = (ROOT / "docs/6-translation.md").read_text(encoding="utf-8")
+    """The reader's own script, as the manual has it."""
+    text = (ROOT / "docs/long-runs.md").read_text(encoding="utf-8")
     (script,) = re.findall(r'^```python\n(""".*?)^```$', text, re.DOTALL | re.MULTILINE)
     path = tmp_path_factory.mktemp("sine") / "sine.py"
     path.write_text(script, encoding="utf-8")

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import corpus_of
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -385,3 +387,137 @@ def test_a_beam_by_hand():
     assert (dog, best_dog) == (second["a"]["dog"], second["the"]["dog"])
     assert (total, best) == pytest.approx((one * dog, two * best_dog))
     assert logarithms == pytest.approx([math.log(total), math.log(best)], abs=0.005)
+
+
+# Translation
+
+BEAM_WORDS = ["<pad>", "<s>", "</s>", "a", "the", "one", "dog", "cat", "bird", "runs"]
+
+
+def beam_rows():
+    """Return the rows of the table of three steps: step, unfinished, next, factors, what became."""
+    _, _, *rows = rows_of_table("6-translation.md", "marks the end:")
+    return [
+        (int(step), before.split(), after.strip("`"), numbers(product), fate)
+        for step, before, after, product, fate in rows
+    ]
+
+
+def follow_beam(beam):
+    """Search with the probabilities of the table; return the unfinished at each step, and the end.
+
+    What the table doesn't have is as likely as nothing.
+    """
+    table = {(*before, after): factors for _, before, after, factors, _ in beam_rows()}
+    steps = []
+
+    def decode(target, rows):
+        steps.append([[BEAM_WORDS[i] for i in ids[1:]] for ids in target.tolist()])
+        logits = torch.full((len(target), len(BEAM_WORDS)), -1e4)
+        for row, before in zip(logits, steps[-1], strict=True):
+            row[BEAM_WORDS.index("</s>")] = -1e3  # after three steps, it ends
+            for n, word in enumerate(BEAM_WORDS):
+                if (*before, word) in table:
+                    row[n] = math.log(table[*before, word][-2 if before else 0])
+        return logits
+
+    search = importlib.import_module("decoding.search").search
+    (found,) = search(decode, torch.tensor([[3, 2]]), beam, alpha=1.2)
+    return steps, [BEAM_WORDS[i] for i in found]
+
+
+def test_three_steps_of_a_beam_by_hand():
+    rows = beam_rows()
+    probability = {(): 1.0}
+    for _, before, after, factors, _ in rows:
+        *product, said = factors
+        if before:
+            assert product[0] == probability[*before]
+            assert said == pytest.approx(math.prod(product))
+        probability[*before, after] = said
+    steps, found = follow_beam(2)
+    for step in (1, 2, 3):
+        kept = [
+            [*before, after] for n, before, after, _, fate in rows if (n, fate) == (step, "kept")
+        ]
+        assert sorted(kept) == sorted(steps[step])
+    (best,) = [before for _, before, _, _, fate in rows if fate.endswith("best so far")]
+    assert found == best == ["the", "dog"]
+    assert follow_beam(1)[1] == ["a", "dog"]
+
+
+def test_the_places_of_continuations_by_hand():
+    diagrams = importlib.import_module("diagrams")
+    page = read("6-translation.md")
+    said = re.search(r"and then come (.*?), so V is (\d+)", page)
+    words = dict(re.findall(r"\*(\w+)\* (\d)", said[1]))
+    assert {word: int(n) for word, n in words.items()} == {
+        w: n + 3 for n, w in enumerate(BEAM_WORDS[3:])
+    }
+    assert int(said[2]) == len(BEAM_WORDS)
+    total = torch.full((2, len(BEAM_WORDS)), -math.inf)
+    for row, first in enumerate(("a", "the")):
+        for second, p in diagrams.SECOND[first].items():
+            total[row, BEAM_WORDS.index(second)] = math.log(diagrams.FIRST[first] * p)
+    score, top = total.flatten().topk(2)
+    _, _, *rows = rows_of_table("6-translation.md", "are at these places:")
+    for (_, *cells), log_p, place in zip(rows, score.tolist(), top.tolist(), strict=True):
+        said = numbers(" ".join(cells))
+        assert said == pytest.approx([log_p, place, *divmod(place, len(BEAM_WORDS))], abs=0.005)
+
+
+def test_bleu_by_hand():
+    BLEU = importlib.import_module("sacrebleu.metrics").BLEU
+    page = read("6-translation.md")
+    found, wanted = re.search(r"Take \*(.*?)\*, where the reference is \*(.*?)\*", page).groups()
+    score = BLEU().corpus_score([found], [[wanted]])
+    _, _, *rows = rows_of_table("6-translation.md", "Only the first word is wrong:")
+    shares = [[int(cell.partition("/")[0]) for cell in row] for row in rows]
+    assert shares == [[n + 1, score.totals[n], score.counts[n], score.counts[n]] for n in range(4)]
+    assert [row[3] for row in rows] == [f"{row[2]}/{row[1]}" for row in rows]
+    product, bleu, short = (
+        find("6-translation.md", "product of the four shares is $`2/6 =", "`$"),
+        find("6-translation.md", "times 100:", ". For *"),
+        find("6-translation.md", "6/5} =", "`$. For many"),
+    )
+    assert product[0] / product[1] == pytest.approx(math.prod(score.precisions) / 100**4)
+    assert bleu == pytest.approx([score.score], abs=0.05)
+    shorter = re.search(r"For \*(.*?)\*, all shares are 1", page)[1]
+    assert short == pytest.approx([BLEU().corpus_score([shorter], [[wanted]]).score], abs=0.05)
+
+
+def test_a_gradient_of_two_processes_by_hand(monkeypatch):
+    """With the shares and weights of the script, and losses whose derivatives are the table's."""
+    script = importlib.import_module("translation")
+    _, _, *rows = rows_of_table("6-translation.md", "the derivatives of each token's loss:")
+    derivatives = [numbers(row[1]) for row in rows[:2]]
+    count = sum(map(len, derivatives))
+    means = [sum(each) / len(each) for each in derivatives]
+    for row, each, mean in zip(rows, derivatives, means, strict=False):
+        assert numbers(" ".join(row[2:])) == pytest.approx(
+            [sum(each), mean, sum(each) / count], abs=0.005
+        )
+    true = sum(map(sum, derivatives)) / count
+    assert numbers(" ".join(rows[2][2:])) == pytest.approx(
+        [sum(map(sum, derivatives)), sum(means) / 2, true], abs=0.005
+    )
+    w = nn.Parameter(torch.tensor(0.0))
+    corpus = corpus_of([([2], [0] * (len(each) + 1)) for each in derivatives])
+
+    def loss(model, corpus, rows, smoothing):
+        return sum(w * derivative for row in rows.tolist() for derivative in derivatives[row])
+
+    monkeypatch.setattr(script, "batch_loss", loss)
+    gradients = []
+    for rank in (0, 1):
+        monkeypatch.setattr(script, "rank_and_world", lambda rank=rank: (rank, 2))
+        w.grad = None
+        script.add_gradients(nn.Identity(), corpus, torch.arange(2), count, script.Settings())
+        gradients.append(w.grad.item())
+    first, second = find("6-translation.md", r"$`8 \cdot 2/4 =", r"`$, whose average")[::4]
+    assert gradients == [first, second]
+    assert (
+        sum(gradients) / 2
+        == true
+        == find("6-translation.md", "over all tokens is $`12 / 4 =", "`$")[0]
+    )
