@@ -521,3 +521,13 @@ def test_a_gradient_of_two_processes_by_hand(monkeypatch):
         == true
         == find("6-translation.md", "over all tokens is $`12 / 4 =", "`$")[0]
     )
+
+
+def test_the_sizes_of_embeddings_that_start_at_1_and_of_positions_by_hand():
+    attention = importlib.import_module("attention")
+    (size,) = find("3-attention.md", r"have a size of $`\sqrt{1/2} =", "`$, and $`8")
+    root, _, ratio = find("3-attention.md", "0.71`$, and $`", "`$ |")
+    encoding = attention.positional_encoding(10, 64)
+    assert encoding.square().mean().sqrt().item() == pytest.approx(size, abs=0.005)
+    assert root == math.sqrt(64)
+    assert root / size == pytest.approx(ratio, abs=0.5)
