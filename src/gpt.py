@@ -39,13 +39,14 @@ from decoding.sampling import Sampling, decode_stream, next_tokens, until
 from decoding.search import autocast
 from decoding.zipping import unzip_bytes, zip_bytes
 from inputs.documents import (
-    Documents,
-    draw_windows,
-    encode_documents,
-    learn_tokenizer,
+    Corpus,
+    Text,
+    Windows,
     longest_shared_runs,
-    read_documents,
+    open_corpus,
+    prepare_documents,
     standard_library,
+    training_text,
 )
 from inputs.gguf import Stored
 from inputs.pretrained import (
@@ -71,7 +72,7 @@ from running.settings import add_settings, check_settings, flag, read_settings, 
 from running.shell import (
     checksum,
     command,
-    existing_folder,
+    existing_path,
     is_utf8,
     make_parser,
     number,
@@ -86,6 +87,7 @@ RESULTS = (
     BEFORE_FALL, "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 SAMPLES = 20
+PYTHON = ("*.py",)  # the files of a folder, unless --glob says otherwise
 LONGEST_SAMPLE = 256  # tokens
 AT_ONCE = 8192  # tokens are measured
 LOGITS = 1 << 23  # at once: with a large vocabulary, those of all tokens would fill the memory
@@ -484,22 +486,11 @@ SIZES = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "tied", "
 CONDITIONS = ("steps", "falling", "part_size")  # may change as a run is resumed
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The documents as tokens."""
-
-    tokens: Tensor  # of all documents for training, end to end
-    held_out: list[Tensor]  # each document
-    held_out_bytes: int
-
-
-def encode(documents: Documents, texts: Texts, context: int) -> Corpus:
-    """Encode the documents. Raises OSError if they are shorter than a window."""
-    tokens = torch.cat(encode_documents(texts.tokenizer, documents.training, texts.mark))
-    if len(tokens) <= context:
-        raise OSError(f"the text has {len(tokens):,} tokens: too few for a context of {context:,}")
-    held_out = encode_documents(texts.tokenizer, documents.held_out, texts.mark)
-    return Corpus(tokens, held_out, len("".join(documents.held_out).encode()))
+def check_length(corpus: Corpus, context: int) -> None:
+    """Raise OSError if the text for training is shorter than a window."""
+    length = len(corpus.tokens)
+    if length <= context:
+        raise OSError(f"the text has {length:,} tokens: too few for a context of {context:,}")
 
 
 def make_optimizers(model: GPT, settings: Settings) -> list[Optimizer]:
@@ -532,6 +523,12 @@ def set_rates(optimizers: Sequence[Optimizer], step: int, settings: Settings) ->
         optimizer.param_groups[0]["lr"] = rate * factor
 
 
+def steps_of(epoch: int, settings: Settings) -> range:
+    """Return the steps from one validation to the next."""
+    first = epoch * settings.interval
+    return range(first, min(first + settings.interval, settings.steps))
+
+
 def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Settings) -> None:
     """Train from the checkpoint on to the next validation.
 
@@ -540,16 +537,17 @@ def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Setti
     """
     model.train()
     width = settings.context + 1
-    starts = draw_windows(len(tokens), width, settings.steps * settings.batch_size, run.seed)
-    batches = starts.view(settings.steps, settings.batch_size).split(settings.interval)
-    for batch in run.steps(batches[run.progress.epoch].unbind()):
+    order = Windows(len(tokens), width, run.seed)
+    for step in run.steps(steps_of(run.progress.epoch, settings)):
         if run.progress.step == settings.fall:
             run.keep(BEFORE_FALL)
         set_rates(run.optimizers, run.progress.step, settings)
+        starts = order.draw(step * settings.batch_size, settings.batch_size)
         model.zero_grad()
         total = torch.zeros((), device=run.device)
-        for part, weight in own_parts(model, batch, settings.part_size):
-            windows = tokens[part.unsqueeze(1) + torch.arange(width)].to(run.device)  # (B, T + 1)
+        for part, weight in own_parts(model, starts, settings.part_size):
+            windows = tokens[part.unsqueeze(1) + torch.arange(width)]  # (B, T + 1)
+            windows = windows.to(run.device).long()
             with autocast(run.device):
                 logits = model(windows[:, :-1])
             labels = windows[:, 1:]  # shifted by one: after each token comes the next
@@ -645,21 +643,32 @@ def sample(model: GPT, texts: Texts, count: int, seed: int) -> list[str]:
 
 
 def save_results(
-    run: Run[GPT], documents: Documents, corpus: Corpus, texts: Texts
+    run: Run[GPT], corpus: Corpus, texts: Texts
 ) -> tuple[float, dict[str, float], list[str]]:
-    """Save and return the bits per byte, those of compressors, and samples."""
+    """Save and return the bits per byte, those of compressors, and samples.
+
+    Compressors are given, and samples compared with, as much of the training files as metrics.json
+    says: all of them, if they are not many.
+    """
     bits = measure_bits(run.model, corpus.held_out).sum().item() / corpus.held_out_bytes
-    held_out, training = (
-        "".join(texts).encode() for texts in (documents.held_out, documents.training)
-    )
-    compressors = compress(held_out, training)
+    held_out = "".join(texts.tokenizer.decode(ids[1:].tolist()) for ids in corpus.held_out)
+    training = training_text(corpus, texts.tokenizer)
+    given = training.encode()
+    compressors = compress(held_out.encode(), given)
     written = sample(run.model, texts, SAMPLES, run.seed)
-    shared = longest_shared_runs(written, "".join(documents.training))
+    shared = longest_shared_runs(written, training)
     samples = [
         {"text": text, "longest_shared_run": length}
         for text, length in zip(written, shared, strict=True)
     ]
-    run.save_metrics(bits_per_byte=bits, compressors=compressors, samples=samples)
+    run.save_metrics(
+        bits_per_byte=bits,
+        held_out_bytes=corpus.held_out_bytes,
+        training_bytes=corpus.training_bytes,
+        training_bytes_given=len(given),
+        compressors=compressors,
+        samples=samples,
+    )
     return bits, compressors, written
 
 
@@ -670,6 +679,8 @@ def show_training(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Setting
         for _ in train(run, corpus, texts, settings):
             pass
         return
+    if corpus.left_out:
+        say(f"left out: {corpus.left_out}")
     count = sum(p.numel() for p in run.model.parameters())
     learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     print(f"{count:,} parameters on {run.device}, {len(corpus.tokens):,} tokens")
@@ -700,9 +711,9 @@ def printable_lines(text: str) -> str:
     return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
-def show_results(run: Run[GPT], documents: Documents, corpus: Corpus, texts: Texts) -> None:
+def show_results(run: Run[GPT], corpus: Corpus, texts: Texts) -> None:
     """Measure the network; print bits per byte, and three samples."""
-    bits, compressors, written = save_results(run, documents, corpus, texts)
+    bits, compressors, written = save_results(run, corpus, texts)
     print(f"\nBits per byte of {corpus.held_out_bytes:,} bytes that were held out")
     show_compressors(bits, compressors)
     for text in written[:3]:
@@ -880,7 +891,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add = parser.add_argument
     once = parser.add_mutually_exclusive_group().add_argument
     use = parser.add_mutually_exclusive_group().add_argument
-    add("--data", type=existing_folder, metavar="DIR", help="folder of .py files to learn from")
+    add("--data", type=existing_path, metavar="PATH", help="folder, file or .jsonl to learn from")
+    add("--glob", action="append", metavar="PATTERN", help="files of the folder, such as '*.md'")
     once("--resume", action="store_true", help="continue from a checkpoint, if there is one")
     once("--restart", action="store_true", help="begin anew; old results move to previous/")
     add("--save-minutes", type=number(0.0, 1e6), default=10.0, help="between checkpoints")
@@ -898,6 +910,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--preset", choices=PRESETS, help="set of settings; tune with --model, else tiny")
     add_settings(parser, PRESETS)
     args = parser.parse_args(argv)
+    if args.glob and (args.data is None or args.data.is_file()):
+        parser.error("argument --glob: needs a folder in --data")
     trained_on = args.model is not None and not uses_model(args)
     preset = PRESETS[args.preset or ("tune" if trained_on else "tiny")]
     for name in SIZES if trained_on else ():
@@ -918,26 +932,44 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     return args, settings
 
 
-def begin(
-    path: Path | None, documents: Documents, settings: Settings, seed: int
-) -> tuple[GPT, Texts]:
-    """Return the network to train: a published one, or one with random weights.
-
-    Raises OSError if the published one takes no windows of the context's size.
-    """
+def begin_anew(text: Text, settings: Settings, cache: Path, seed: int) -> tuple[GPT, Texts, Corpus]:
+    """Learn a tokenizer and encode the text; return them and a network with random weights."""
+    folder = by_first(lambda: prepare_documents(text, settings.vocab_size, cache))
+    corpus, tokenizer = by_each(lambda: open_corpus(folder))
     torch.manual_seed(seed)
-    if path is None:
-        texts = own_texts(learn_tokenizer(documents.training[::4], settings.vocab_size))
-        return GPT(settings.sizes(texts.tokenizer.get_vocab_size())), texts
-    model, texts = open_model(path)
+    model = GPT(settings.sizes(tokenizer.get_vocab_size()))
+    return model, own_texts(tokenizer), corpus
+
+
+def go_on(path: Path, text: Text, cache: Path) -> tuple[GPT, Texts, Corpus]:
+    """Open a published network, and encode the text for it."""
+    model, texts = by_each(lambda: open_model(path))
+    tokenizer = texts.tokenizer
+    size = tokenizer.get_vocab_size()
+    folder = by_first(lambda: prepare_documents(text, size, cache, tokenizer, texts.mark))
+    corpus, _ = by_each(lambda: open_corpus(folder))
+    return model, texts, corpus
+
+
+def begin(
+    path: Path | None, text: Text, settings: Settings, cache: Path, seed: int
+) -> tuple[GPT, Texts, Corpus]:
+    """Return the network to train, published or not, what belongs to its texts, and the text.
+
+    Raises OSError if the text is too short for a window, or a window too long for the network.
+    """
+    model, texts, corpus = (
+        go_on(path, text, cache) if path else begin_anew(text, settings, cache, seed)
+    )
     if settings.context > model.sizes.context:
         raise OSError(f"{path} takes {model.sizes.context:,} tokens at most: lower --context")
-    return model, texts
+    check_length(corpus, settings.context)
+    return model, texts, corpus
 
 
 def identify(model: GPT, published: bool, corpus: Corpus, settings: Settings) -> dict[str, Any]:
     """Return what must stay the same when a run is resumed, besides the seed."""
-    fixed: dict[str, Any] = {"text": checksum({"tokens": corpus.tokens})} | asdict(settings)
+    fixed: dict[str, Any] = {"text": corpus.digest} | asdict(settings)
     for name in CONDITIONS:
         del fixed[name]
     if published:
@@ -989,15 +1021,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with joined_processes(args.device), alone(out):
         by_first(lambda: check_start(out, args.resume, args.restart))
-        documents = by_each(lambda: read_documents(args.data or standard_library()))
-        model, texts = by_each(lambda: begin(args.model, documents, settings, args.seed))
-        corpus = by_each(lambda: encode(documents, texts, settings.context))
+        text = Text(args.data, tuple(args.glob or PYTHON)) if args.data else standard_library()
+        model, texts, corpus = begin(args.model, text, settings, out / "corpus", args.seed)
         by_first(lambda: set_aside(out, RESULTS, args.resume))
         fixed = identify(model, args.model is not None, corpus, settings)
         run = make_run(out, model.to(args.device), fixed, settings, args.seed, args.save_minutes)
         run.resume()
         show_training(run, corpus, texts, settings)
-        by_first(lambda: show_results(run, documents, corpus, texts))
+        by_first(lambda: show_results(run, corpus, texts))
         seconds = time.perf_counter() - started
         by_first(lambda: print(f"\nSaved in {printable(out)} after {seconds:.1f} s", flush=True))
     return 0

@@ -18,7 +18,7 @@ from torch import nn
 
 import gpt as G
 from decoding.cache import Cache
-from inputs.documents import MARK_ID, learn_tokenizer
+from inputs.documents import MARK_ID, is_held_out, learn_tokenizer
 from inputs.pretrained import own_texts
 from make_models import FOLDERS, MODELS, TEXT, assert_close, draw_weights
 from running.shell import Stopped
@@ -300,16 +300,25 @@ def data(tmp_path_factory):
     return folder
 
 
+def encode(data, folder, texts=None):
+    """Encode the files of a folder for a published network, or anew."""
+    text = G.Text(data, G.PYTHON)
+    if texts is None:
+        folder = G.prepare_documents(text, SETTINGS.vocab_size, folder)
+    else:
+        folder = G.prepare_documents(text, 264, folder, texts.tokenizer, texts.mark)
+    corpus, tokenizer = G.open_corpus(folder)
+    return texts or own_texts(tokenizer), corpus
+
+
 @pytest.fixture(scope="module")
-def prepared(data):
-    """The documents of that folder, their tokenizer, and their tokens."""
-    documents = G.read_documents(data)
-    texts = own_texts(learn_tokenizer(documents.training, SETTINGS.vocab_size))
-    return documents, texts, G.encode(documents, texts, SETTINGS.context)
+def prepared(data, tmp_path_factory):
+    """What belongs to the texts of that folder, and its tokens."""
+    return encode(data, tmp_path_factory.mktemp("corpus"))
 
 
 def start(out, prepared, seed=0, settings=SETTINGS, model=None):
-    _, texts, corpus = prepared
+    texts, corpus = prepared
     out.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     published = model is not None
@@ -319,7 +328,7 @@ def start(out, prepared, seed=0, settings=SETTINGS, model=None):
 
 
 def train(run, prepared, settings=SETTINGS):
-    _, texts, corpus = prepared
+    texts, corpus = prepared
     return [row[:3] for row in G.train(run, corpus, texts, settings)]
 
 
@@ -361,15 +370,39 @@ def test_it_learns_and_the_validation_is_that_of_the_saved_network(tmp_path, pre
     assert rows[0][1] < first
     assert rows[-1][2] < 0.7 * first
     model, _ = G.open_model(tmp_path / "out")
-    bits = G.measure_bits(model, prepared[2].held_out)
+    bits = G.measure_bits(model, prepared[1].held_out)
     assert bits.mean().item() * math.log(2) == pytest.approx(rows[-1][2])
+
+
+def test_a_run_is_cut_at_each_validation():
+    settings = replace(SETTINGS, steps=10, interval=4)
+    assert [list(G.steps_of(n, settings)) for n in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_run_whose_text_has_changed_is_not_resumed(run_script, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n}.md").write_text(f"{n}\n{TEXT}", encoding="utf-8")
+    (folder / "no.md").write_bytes(b"\xff")
+    options = ("--data", folder, "--glob", "*.md", *OPTIONS)
+    done = run_script("gpt.py", *options)
+    assert (done.returncode, done.stderr.count("left out: 1 files that are not text")) == (0, 1)
+    checkpoint = (tmp_path / "runs" / "gpt" / "checkpoint.pt").read_bytes()
+    (folder / "1.md").touch()
+    assert run_script("gpt.py", *options, "--resume").returncode == 0
+    (folder / "1.md").write_text("changed", encoding="utf-8")
+    refused = run_script("gpt.py", *options, "--resume")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "belongs to another run: text was" in refused.stderr
+    assert (tmp_path / "runs" / "gpt" / "checkpoint.pt").read_bytes() == checkpoint
 
 
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path, prepared):
     run = start(tmp_path / "out", prepared)
     nn.init.constant_(run.model.norm.weight, math.nan)
     with pytest.raises(FloatingPointError, match="validation loss became nan"):
-        G.validate(run, prepared[2], prepared[1])
+        G.validate(run, prepared[1], prepared[0])
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -440,14 +473,20 @@ def test_a_run_as_a_person_runs_it(run_script, tmp_path, data):
     assert len(metrics["epochs"]) == 3
     steps = re.findall(r"^ +(\d+)  .*\d$", done.stdout, re.MULTILINE)
     assert steps == ["2", "4", "6"]
-    documents = G.read_documents(data)
-    size = sum(len(text.encode()) for text in documents.held_out)
     model, published = G.open_model(out)
     tokenizer = published.tokenizer
-    bits = G.measure_bits(model, G.encode_documents(tokenizer, documents.held_out))
+    held_out = [path.read_text("utf-8") for path in data.iterdir() if is_held_out(path.name)]
+    size = sum(len(text.encode()) for text in held_out)
+    ids = [[MARK_ID, *tokenizer.encode(text).ids] for text in held_out]
+    bits = G.measure_bits(model, [*map(torch.tensor, ids)])
+    assert metrics["held_out_bytes"] == size
+    assert metrics["training_bytes"] == metrics["training_bytes_given"]
     assert metrics["bits_per_byte"] == pytest.approx(bits.sum().item() / size)
 
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    def read_files():
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    files = read_files()
     again = run_script("gpt.py", "--data", data, *OPTIONS)
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert "--resume continues it" in again.stderr
@@ -462,14 +501,16 @@ def test_a_run_as_a_person_runs_it(run_script, tmp_path, data):
     letter = cold[0][3]
     stopped = run_script("gpt.py", "--write", "x", "--temperature", 0, "--stop", letter)
     assert stopped.stdout == f"x{cold[0][1:].partition(letter)[0]}\n"
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert read_files() == files
 
     path = data / "file3.py"
     shown = run_script("gpt.py", "--bits", path)
     lines = shown.stdout.splitlines()
     assert lines[0] == "def add3(a, b):"
     text = path.read_text(encoding="utf-8")
-    cost = G.measure_bits(model, G.encode_documents(tokenizer, [text])).sum().item()
+    cost = (
+        G.measure_bits(model, [torch.tensor([MARK_ID, *tokenizer.encode(text).ids])]).sum().item()
+    )
     assert f"{cost / len(text.encode()):7.3f}  this network" in lines
 
     for arguments, status, message in bad_inputs(data, text):
@@ -477,7 +518,7 @@ def test_a_run_as_a_person_runs_it(run_script, tmp_path, data):
         assert (refused.returncode, message in refused.stderr) == (status, True), refused.stderr
         assert refused.stderr.splitlines()[-1].count("gpt.py: ") == 1
         assert refused.stdout == ""
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert read_files() == files
 
 
 COLD = [("--temperature", 0), ("--top-k", 1, "--seed", 7)]
@@ -500,7 +541,10 @@ def bad_inputs(data, text):
     yield ["--bits", data / "latin.txt", "--stop", "x"], 2, "argument --stop: needs --write"
     yield ["--write", "x", "--force"], 2, "argument --force: needs --zip or --unzip"
     yield ["--data", data / "nowhere"], 2, "argument --data: must be a folder"
-    yield ["--data", data / "no documents", "--restart"], 1, "has no text in .py files"
+    yield ["--data", data / "no documents", "--restart"], 1, "(*.py) has no text"
+    yield ["--glob", "*.md"], 2, "argument --glob: needs a folder in --data"
+    yield ["--data", data / "file3.py", "--glob", "*"], 2, "argument --glob: needs a folder"
+    yield ["--data", data, "--glob", "*.md", "--restart"], 1, "(*.md) has no text to train on"
     yield ["--data", data, "--context", 100_000, "--restart"], 1, "too few for a context"
     yield ["--d-model", 18, "--num-heads", 4], 2, "--d-model: must be divisible"
     yield ["--num-heads", 4, "--num-kv-heads", 3], 2, "--num-heads: must be divisible"

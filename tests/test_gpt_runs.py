@@ -16,7 +16,7 @@ from torch import nn
 import gpt as G
 from make_models import FOLDERS, MODELS, assert_close
 from running import processes, runs
-from test_gpt import OPTIONS, SETTINGS, data, prepared, start, train  # noqa: F401
+from test_gpt import OPTIONS, SETTINGS, data, encode, prepared, start, train  # noqa: F401
 
 SCRIPT = Path(G.__file__)
 
@@ -119,14 +119,14 @@ def test_clipped_gradients_and_decayed_matrices(tmp_path, prepared):  # noqa: F8
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("name", ["llama-tied", "qwen-2", "qwen-3"])
-def test_a_published_model_goes_on_and_opens_elsewhere(tmp_path, prepared, name, lora_rank):  # noqa: F811
-    documents, _, _ = prepared
+def test_a_published_model_goes_on_and_opens_elsewhere(tmp_path, data, name, lora_rank):  # noqa: F811
     model, texts = G.open_model(MODELS / name)
     settings = replace(SETTINGS, muon=False, lora_rank=lora_rank, batch_size=8)
-    corpus = G.encode(documents, texts, settings.context)
+    encoded = encode(data, tmp_path / "corpus", texts)
+    _, corpus = encoded
     before = G.measure_bits(model, corpus.held_out).mean()
-    run = start(tmp_path / "out", (documents, texts, corpus), settings=settings, model=model)
-    train(run, (documents, texts, corpus), settings)
+    run = start(tmp_path / "out", encoded, settings=settings, model=model)
+    train(run, encoded, settings)
     again, _ = G.open_model(tmp_path / "out")
     assert again.sizes == model.sizes
     bits = G.measure_bits(again, corpus.held_out).mean()
@@ -138,12 +138,11 @@ def test_a_published_model_goes_on_and_opens_elsewhere(tmp_path, prepared, name,
     assert_close(theirs(tokens).logits, again(tokens))
 
 
-def test_another_model_is_another_run(tmp_path, prepared):  # noqa: F811
-    documents, _, _ = prepared
+def test_another_model_is_another_run(tmp_path, data):  # noqa: F811
     settings = replace(SETTINGS, muon=False, steps=2)
     first, texts = G.open_model(MODELS / "llama")
     second, _ = G.open_model(MODELS / "llama-tied")
-    encoded = (documents, texts, G.encode(documents, texts, settings.context))
+    encoded = encode(data, tmp_path / "corpus", texts)
     train(start(tmp_path, encoded, settings=settings, model=first), encoded, settings)
     with pytest.raises(OSError, match="belongs to another run: model was"):
         start(tmp_path, encoded, settings=settings, model=second).resume()

@@ -8,7 +8,6 @@ thousand; all processes of a machine share the mapped file.
 
 import hashlib
 import re
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ from inputs.text import (
     MAX_LENGTH,
     PAD,
     Pair,
-    check_seal,
     examine,
+    make_once,
     make_tokenizer,
+    map_numbers,
     read_lines,
-    seal,
     visible,
 )
 
@@ -147,8 +146,7 @@ def open_corpus(path: Path) -> Corpus:
     """Map the files that `encode` wrote. Raises OSError if they are broken."""
     try:
         tokens, offsets = (
-            # Private to this process if it were written to, and shared with others as it isn't.
-            torch.from_numpy(np.memmap(path.with_suffix(ending), dtype, mode="c"))
+            torch.from_numpy(map_numbers(path.with_suffix(ending), dtype))
             for ending, dtype in ((".tokens", np.int32), (".offsets", np.int64))
         )
         if offsets[-1] != len(tokens) or offsets.diff().min() < 0:
@@ -176,10 +174,8 @@ def prepare_corpus(
             raise OSError(f"{folder}: {names} have {counts[split]} and {lines} lines")
         name += "".join(digest for _, digest in found)
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-    if not (cache / digest).exists():
-        part = cache / f"{digest}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+
+    def make(part: Path) -> None:
         stride = 1 + counts["train"] // SAMPLE
         sample = islice(read_pairs(folder, "train", languages), 0, None, stride)
         tokenizer = make_tokenizer(
@@ -192,10 +188,8 @@ def prepare_corpus(
                 raise OSError(
                     f"{folder}: {split}.* has no sentences of at most {MAX_LENGTH} tokens"
                 )
-        seal(part)
-        part.replace(cache / digest)
-    check_seal(cache / digest)
-    return cache / digest, counts
+
+    return make_once(cache, digest, make), counts
 
 
 def cut(lengths: Tensor, tokens: int) -> list[int]:

@@ -1,22 +1,25 @@
 """Lines of any text file, the tokenizer that turns them into numbers, and seals for the numbers.
 
-A file is UTF-8, plain or gzipped, and read as a stream, so its size does not matter. pairs.py and
-the lessons from transformer.py on use it.
+A file is UTF-8, plain or gzipped, and read as a stream, so its size does not matter. pairs.py,
+documents.py and the lessons from transformer.py on use it.
 """
 
 import codecs
+import errno
 import gzip
 import hashlib
 import json
 import os
+import shutil
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS = range(3)  # the marks <pad>, <s> and </s>: padding, beginning and end of a sequence
@@ -32,14 +35,21 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
     zipped = path.with_name(path.name + ".gz")
     if path.exists() and zipped.exists():
         raise OSError(f"{path} and {zipped.name} are both there: delete one of them")
-    path = zipped if zipped.exists() else path
+    with open_file(zipped if zipped.exists() else path) as file:
+        yield file
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, which is unpacked if its name ends in .gz. Raises OSError if it is broken."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a plain file")
     try:
         with path.open("rb") as file:
             if file.peek(len(POINTER)).startswith(POINTER):
                 raise OSError(f"{path} is only a pointer of Git LFS: run git lfs pull")
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path == zipped else file
+            zipped = path.suffix == ".gz"
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OSError(f"{path} is broken: {error}") from error
 
@@ -140,6 +150,38 @@ def check_seal(folder: Path) -> None:
                 raise ValueError(f"{name} has changed")
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise OSError(f"{folder} is broken; delete it to make it again: {error}") from error
+
+
+def make_once(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Let `make` fill the folder `name` in `cache`, unless that was done before; return the folder.
+
+    What was cut short is made again. Raises OSError if the files have changed since, or if they
+    can't be written; then nothing is left of them.
+    """
+    folder = cache / name
+    if not folder.exists():
+        part = cache / f"{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            make(part)
+            seal(part)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if error.errno == errno.ENOSPC:
+                raise OSError(f"no space left for {folder}: free some, or choose --out") from error
+            raise
+        part.replace(folder)
+    check_seal(folder)
+    return folder
+
+
+def map_numbers(path: Path, dtype: np.dtype | type) -> np.ndarray:
+    """Map a file of numbers into memory, which all processes of a machine share.
+
+    A process that wrote to them would get pages of its own. Raises ValueError if it has none.
+    """
+    return np.memmap(path, dtype, mode="c")
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -163,6 +163,13 @@ def existing_folder(text: str) -> Path:
     return Path(text)
 
 
+def existing_path(text: str) -> Path:
+    """Parse --data of a script that also takes a file."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"must be a folder or a file, got {text!r}")
+    return Path(text)
+
+
 def number(low: float, high: float) -> Callable[[str], float]:
     """Return a parser of numbers from `low` to `high`, which are whole if `low` is."""
 
