@@ -131,6 +131,28 @@ def assert_equals_pytorch(ours):
         torch.testing.assert_close(torch.cat([p.grad for p in parameters]), other.grad)
 
 
+def watch(layer):
+    """Keep the inputs and the output of each module of a layer, by its name, in the next call."""
+    seen = {}
+
+    def keep(name):
+        def hook(_, inputs, options, output):
+            seen[name] = [*inputs, *options.values()], output
+
+        return hook
+
+    for name, module in layer.named_modules():
+        module.register_forward_hook(keep(name), with_kwargs=True)
+    return seen
+
+
+def assert_half_dropped(found, x, added):
+    """Assert that `found` is x and half of the numbers of `added`, doubled: a dropout of 0.5."""
+    kept = torch.isclose(found, x + 2 * added)
+    assert (kept | torch.isclose(found, x)).all()
+    assert 0.35 < kept.double().mean() < 0.65
+
+
 def corpus_of(pairs):
     """Make a corpus of pairs of token lists."""
     sides = [ids for pair in pairs for ids in pair]

@@ -1,6 +1,7 @@
 """Parallel text becomes tokens in one file, and batches of them."""
 
 import gzip
+import itertools
 import os
 import re
 import shutil
@@ -42,6 +43,21 @@ def test_batches_have_every_pair_once_and_no_more_tokens_than_asked(sizes, token
     assert [batch.tolist() for batch in again] == [batch.tolist() for batch in batches]
 
 
+@pytest.mark.parametrize(("tokens", "sizes"), [(9, 1), (19, 1), (20, 2), (29, 2), (30, 3)])
+def test_a_batch_has_as_many_pairs_as_fit(tokens, sizes):
+    batches = batches_of([(4, 6)] * 6, tokens)
+    assert [len(batch) for batch in batches] == [sizes] * (6 // sizes)
+
+
+def test_pairs_are_sorted_by_their_longer_side():
+    random = Random(0)
+    lengths = [(random.randrange(1, 30), random.randrange(1, 30)) for _ in range(500)]
+    batches = batches_of(lengths, 200)
+    longer = ([max(lengths[i]) for i in batch.tolist()] for batch in batches)
+    ranges = sorted((min(each), max(each)) for each in longer)
+    assert all(high <= low for (_, high), (low, _) in itertools.pairwise(ranges))
+
+
 def test_batches_are_full_differ_by_epoch_and_come_in_random_order():
     random = Random(0)
     sizes = [(n := random.randrange(5, 30), n + random.randrange(-2, 3)) for _ in range(5000)]
@@ -53,8 +69,10 @@ def test_batches_are_full_differ_by_epoch_and_come_in_random_order():
     assert len(shapes) < 3 * 30
     other = batches_of(sizes, 2000, seed=1)
     assert {tuple(b.tolist()) for b in batches} != {tuple(b.tolist()) for b in other}
-    longest = [int(lengths[batch].max()) for batch in batches]
-    assert longest != sorted(longest)
+    longest, others = ([int(lengths[batch].max()) for batch in each] for each in (batches, other))
+    steps = [abs(a - b) for a, b in itertools.pairwise(longest)]
+    assert sum(steps) / len(steps) > (max(longest) - min(longest)) / 5  # 1/3 of it on average
+    assert sum(a == b for a, b in zip(longest, others, strict=False)) < len(longest) / 3
 
 
 @settings(deadline=None, max_examples=30)

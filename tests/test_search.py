@@ -99,6 +99,39 @@ def test_the_search_is_the_plain_one_and_loses_no_finished_target(searched, beam
         assert score >= max(finished.values()) - 1e-5
 
 
+@pytest.mark.parametrize(("beam", "V"), [(2, 7), (3, 11), (1, 5)])
+def test_a_step_continues_the_best_of_each_source(beam, V):
+    torch.manual_seed(0)
+    source = draw([3, 1], vocab_size=V)
+    tables = torch.randn(2, V, V, dtype=torch.float64).log_softmax(dim=-1)  # log P of the next
+    tables[..., EOS] = -50  # each source is searched to its limit
+    steps = []
+
+    def decode(target, rows):
+        steps.append((target.tolist(), rows.tolist()))
+        sources = torch.arange(2, device="cpu").repeat_interleave(beam)
+        return tables[sources, target[:, -1]]
+
+    with torch.device("meta"):  # where every tensor is made that names no device
+        S.search(decode, source, beam, alpha=1.0)
+    log_p = tables.log_softmax(dim=-1).tolist()
+    kept = [{(BOS,): 0.0}, {(BOS,): 0.0}]
+    for (before, _), (target, rows) in itertools.pairwise(steps):
+        for b, unfinished in enumerate(kept):
+            longer = {
+                (*ids, token): score + log_p[b][ids[-1]][token]
+                for ids, score in unfinished.items()
+                for token in range(3, V)
+            }
+            best = sorted(longer, key=longer.get, reverse=True)[:beam]
+            kept[b] = {ids: longer[ids] for ids in best}
+            of_source = slice(b * beam, (b + 1) * beam)
+            assert target[of_source] == [[*ids] for ids in best]
+            assert [before[row] for row in rows[of_source]] == [[*ids[:-1]] for ids in best]
+            assert all(b * beam <= row < (b + 1) * beam for row in rows[of_source])
+    assert len(steps) == 2 * 3 + 20
+
+
 def test_random_networks_are_searched_as_by_the_plain_search():
     lower = 0
     for seed in range(8):

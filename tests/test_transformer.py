@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -18,6 +19,7 @@ from torch import nn
 import conftest
 import transformer as T
 from attention import causal_mask, padding_mask
+from conftest import assert_half_dropped, watch
 from inputs import dates
 
 SMALL = T.Sizes(d_model=16, num_heads=2, num_layers=2, d_ff=24, dropout=0.0)
@@ -102,14 +104,61 @@ def test_a_layer_that_drops_its_sublayers_only_normalizes():
     assert not torch.allclose(decoder.eval()(x, mask, x, mask), normalized)
 
 
-def test_embeddings_are_scaled_and_get_the_positions_from_start_on():
-    model, tokens = make(), torch.tensor([[5, 9, 5], [7, 4, 6]])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_dropout_is_on_what_a_layer_adds_and_on_nothing_else(kind):
+    torch.manual_seed(0)
+    sizes = T.Sizes(16, 2, 1, 24, dropout=0.5)
+    x, memory = torch.randn(2, 3, 8, 16, dtype=torch.float64)
+    mask, memory_mask = torch.rand(2, 8, 8) > 0.3
+    layer = {"encoder": T.EncoderLayer, "decoder": T.DecoderLayer}[kind](sizes).double()
+    seen = watch(layer)
+    result = layer(x, mask) if kind == "encoder" else layer(x, mask, memory, memory_mask)
+    attentions = [name for name in ("self_attention", "cross_attention") if name in seen]
+    for number, name in enumerate(attentions, start=1):
+        inputs, attended = seen[name]
+        to_itself = name == "self_attention"
+        expected = (x, x, x, mask) if to_itself else (x, memory, memory, memory_mask)
+        assert all(map(torch.equal, inputs, expected))
+        (added,), normalized = seen[f"norm{number}"]
+        assert_half_dropped(added, x, attended)
+        x = normalized
+    (fed,), _ = seen["feed_forward.0"]
+    assert torch.equal(fed, x)
+    (added,), normalized = seen[f"norm{len(attentions) + 1}"]
+    assert_half_dropped(added, x, seen["feed_forward.2"][1])
+    assert torch.equal(result, normalized)
+
+
+@pytest.mark.parametrize("d_model", [16, 12])
+def test_embeddings_are_scaled_and_get_the_positions_from_start_on(d_model):
+    torch.manual_seed(0)
+    model = T.Transformer(30, T.Sizes(d_model, 2, 1, 24)).double()
+    tokens = torch.tensor([[5, 29, 5, T.PAD], [7, 4, 6, 21]])
     embeddings, positions = model.embedding.weight.detach().numpy(), model.positions.numpy()
     for start in (0, 4):
-        expected = 4 * embeddings[tokens.numpy()] + positions[start : start + 3]  # 4 = √16
-        np.testing.assert_allclose(model.embed(tokens, start).detach().numpy(), expected)
-    dropped = make(dropout=1.0).embed(tokens)
-    assert dropped.eq(0).all()
+        expected = math.sqrt(d_model) * embeddings[tokens.numpy()] + positions[start : start + 4]
+        found = model.embed(tokens, start).detach().numpy()
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected)
+    model.embed(tokens).sum().backward()
+    gradient = math.sqrt(d_model) * np.bincount(tokens.flatten(), minlength=30)
+    np.testing.assert_allclose(model.embedding.weight.grad[:, 0], gradient)
+
+
+def test_dropout_is_on_the_sum_of_embeddings_and_positions():
+    model, tokens = make(dropout=0.5), draw([50] * 4)
+    expected = make().embed(tokens)
+    assert_half_dropped(model.embed(tokens), torch.zeros_like(expected), expected)
+    assert torch.equal(model.eval().embed(tokens), expected)
+
+
+def test_tokens_stay_on_their_device():
+    model, source, target = make(), draw([5, 3]), draw([6, 4])
+    with torch.device("meta"):  # where every tensor is made that names no device
+        assert model(source, target).device == source.device
+        assert model.embed(target, start=2).device == source.device
+        for generate in (T.generate, T.generate_cached):
+            assert len(generate(model, source, limit=3)) == 2
 
 
 def test_dropout_stands_after_the_embedding_and_each_sublayer():
@@ -128,8 +177,16 @@ def test_a_sequence_that_is_too_long_is_refused():
     assert model(longest, longest).isfinite().all()
     longer = F.pad(longest, (0, 1), value=5)
     for source, target in ((longer, short), (short, longer)):
-        with pytest.raises(ValueError, match=f"{T.MAX_LENGTH + 1} .* {T.MAX_LENGTH}"):
+        with pytest.raises(ValueError):
             model(source, target)
+    assert model.embed(short, start=T.MAX_LENGTH - 2).isfinite().all()
+    with pytest.raises(ValueError):
+        model.embed(short, start=T.MAX_LENGTH - 1)
+
+
+def test_the_lengths_are_told_if_a_sequence_is_too_long():
+    with pytest.raises(ValueError, match=f"{T.MAX_LENGTH + 1} .* {T.MAX_LENGTH}"):
+        make().embed(draw([2]), start=T.MAX_LENGTH - 1)
 
 
 def test_it_starts_with_embeddings_as_large_as_the_positions():
@@ -143,9 +200,10 @@ def test_it_starts_with_embeddings_as_large_as_the_positions():
 
 @pytest.mark.parametrize(("d_model", "warmup"), [(512, 4000), (64, 10)])
 def test_the_learning_rate_is_that_of_section_5_3(d_model, warmup):
-    for step in (1, 2, warmup // 2, warmup, warmup + 1, 4 * warmup):
+    for step in (1, 2, warmup // 2, warmup, warmup + 1, 4 * warmup, 10**6):
         expected = 1 / math.sqrt(d_model) * min(1 / math.sqrt(step), step / warmup**1.5)
         assert T.learning_rate(step, d_model, warmup) == pytest.approx(expected)
+        assert isinstance(T.learning_rate(step, d_model, warmup), float)
     rates = [T.learning_rate(step, d_model, warmup) for step in range(1, 3 * warmup)]
     assert max(rates) == rates[warmup - 1]
 
@@ -161,47 +219,56 @@ def greedy(model, source, limit):
     return [i for i in target[1:] if i != T.EOS]
 
 
-@pytest.fixture(scope="module")
-def repeater():
-    """A network in float64 that has learned to repeat sequences, for which it needs positions."""
-    torch.manual_seed(0)
-    model = T.Transformer(14, SMALL)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(300):
-        length = torch.randint(1, 6, ()).item()
-        digits = torch.randint(4, 14, (32, length))
-        end, begin = torch.full((32, 1), T.EOS), torch.full((32, 1), T.BOS)
-        labels = torch.cat((digits, end), dim=1)
-        logits = model(torch.cat((digits, end), dim=1), torch.cat((begin, labels), dim=1)[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.double().eval()
+def restless(seed, dropout=0.0):
+    """Make a network whose output is not its embedding, lest it write one token again and again."""
+    torch.manual_seed(seed)
+    model = T.Transformer(12, dataclasses.replace(SMALL, dropout=dropout)).double()
+    W = torch.randn(16, 12, dtype=torch.float64)
+    model.to_logits = lambda x: x @ W
+    return model
 
 
 @torch.inference_mode()
-def test_generating_is_taking_the_likeliest_token(repeater):
-    torch.manual_seed(1)
-    source = draw([9, 4, 1, 5, 2, 3], vocab_size=14)
-    found = T.generate(repeater, source)
-    assert found == [greedy(repeater, row[row != T.PAD][None], limit=20) for row in source]
+@pytest.mark.parametrize("seed", [3, 25, 42])
+def test_generating_is_taking_the_likeliest_token(seed):
+    model, source = restless(seed), draw([9, 4, 1, 5, 2, 3], vocab_size=12)
+    found = T.generate(model, source)
+    assert found == [greedy(model, row[row != T.PAD][None], limit=20) for row in source]
     assert len(set(map(len, found))) >= 3
 
 
-@pytest.mark.parametrize("limit", [0, 3, 20])
-def test_generating_with_the_cache_gives_the_same(repeater, limit):
-    torch.manual_seed(1)
-    source = draw([9, 4, 1, 5, 2, 3], vocab_size=14)
-    assert T.generate_cached(repeater, source, limit) == T.generate(repeater, source, limit)
+@pytest.mark.parametrize("seed", [3, 25, 42])
+@pytest.mark.parametrize("limit", [20, 3, 0])
+def test_generating_with_the_cache_gives_the_same(limit, seed):
+    model, source = restless(seed), draw([9, 4, 1, 5, 2, 3], vocab_size=12)
+    assert T.generate_cached(model, source, limit) == T.generate(model, source, limit)
 
 
-def test_a_target_is_at_most_as_long_as_its_limit():
+def monotone(token):
+    """Make a network that writes one token again and again."""
     model = make()
     with torch.no_grad():
         model.embedding.weight[T.EOS] = 0
-        model.decoder[-1].norm3.bias.copy_(10 * model.embedding.weight[7])
-    assert T.generate(model, draw([4, 2]), limit=5) == [[7] * 5] * 2
+        model.embedding.weight[token] = 1
+        model.decoder[-1].norm3.bias.copy_(10 * model.embedding.weight[token])
+    return model
+
+
+@pytest.mark.parametrize("limit", [5, 0, 30])
+def test_a_target_is_at_most_as_long_as_its_limit(limit):
+    assert T.generate(monotone(7), draw([4, 2]), limit=limit) == [[7] * limit] * 2
+
+
+def test_a_target_may_end_at_once():
+    assert T.generate(monotone(T.EOS), draw([4, 2])) == [[], []]
+
+
+@torch.inference_mode()
+def test_dropout_is_off_while_a_target_is_generated():
+    model, source = restless(25), draw([6, 5, 4], vocab_size=12)
+    expected = [greedy(model, row[row != T.PAD][None], limit=12) for row in source]
+    for generate in (T.generate, T.generate_cached):
+        assert generate(restless(25, dropout=0.5).train(), source, limit=12) == expected
 
 
 # Tokens
@@ -249,14 +316,17 @@ def smoothed_loss(model, batch):
 
 
 class Still(torch.optim.SGD):
-    """Takes no step, but notes the learning rates."""
+    """Takes no step, but notes the learning rates and the gradients."""
 
     def __init__(self, parameters, lr, **_):
         super().__init__(parameters, lr)
         self.rates = []
+        self.gradients = []
 
     def step(self):
-        self.rates.append(self.param_groups[0]["lr"])
+        (group,) = self.param_groups
+        self.rates.append(group["lr"])
+        self.gradients.append([parameter.grad.clone() for parameter in group["params"]])
 
 
 def shorten(monkeypatch):
@@ -273,13 +343,20 @@ def short(monkeypatch):
     shorten(monkeypatch)
 
 
-def test_an_epoch_has_the_smoothed_loss_of_every_date_and_the_rates(short, vocabulary, monkeypatch):
+@pytest.fixture
+def kept(monkeypatch):
+    """Train without steps; keep the batches and the optimizers."""
     batches, optimizers = [], []
     make_batch = T.make_batch
     monkeypatch.setattr(T, "make_batch", lambda *a: batches.append(make_batch(*a)) or batches[-1])
     monkeypatch.setattr(
         torch.optim, "Adam", lambda *a, **b: optimizers.append(Still(*a, **b)) or optimizers[-1]
     )
+    return batches, optimizers
+
+
+def test_an_epoch_has_the_smoothed_loss_of_every_date_and_the_rates(short, vocabulary, kept):
+    batches, optimizers = kept
     model = T.Transformer(4 + len(vocabulary), SMALL)
     losses = [loss for loss, _, _ in T.train(model, vocabulary, epochs=2, seed=0)]
     for loss, epoch in zip(losses, (batches[:3], batches[3:]), strict=True):
@@ -289,6 +366,35 @@ def test_an_epoch_has_the_smoothed_loss_of_every_date_and_the_rates(short, vocab
     assert losses[0] != losses[1]
     expected = [T.learning_rate(n + 1, 16, T.WARMUP) * (1 - n / 6) for n in range(6)]
     assert optimizers[0].rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scale", [1, 1000], ids=["unsure", "sure"])
+def test_a_step_follows_the_gradient_of_the_smoothed_loss(short, kept, scale, monkeypatch):
+    monkeypatch.setattr(T, "BATCHES", 2)
+    monkeypatch.setattr(T, "BATCH_SIZE", 3)
+    torch.manual_seed(0)
+    model = T.Transformer(15, SMALL).double()
+    with torch.no_grad():
+        model.embedding.weight *= scale  # the logits are up to thousands, and P(k) is 0
+    digits = {c: i for i, c in enumerate("0123456789-", start=4)}
+    loss = next(T.train(model, digits, epochs=1, seed=0)).loss
+    batches, (optimizer,) = kept
+    losses = []
+    for (source, target), found in zip(batches, optimizer.gradients, strict=True):
+        log_p = model(source, target[:, :-1]).log_softmax(dim=-1)
+        q = 0.9 * F.one_hot(target[:, 1:], 15) + 0.1 / 15
+        losses.append(-(q * log_p).sum(dim=-1).mean())
+        expected = torch.autograd.grad(losses[-1], [*model.parameters()])
+        for each, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(each, wanted)
+    assert loss == pytest.approx(sum(losses).item() / 2, rel=1e-9)
+
+
+def test_dropout_is_on_in_training(short, vocabulary):
+    V = 4 + len(vocabulary)
+    model = T.Transformer(V, dataclasses.replace(SMALL, dropout=1.0))
+    for epoch in T.train(model, vocabulary, epochs=2, seed=0):
+        assert epoch.loss == pytest.approx(math.log(V), rel=1e-3)  # who sees nothing knows nothing
 
 
 def test_training_lowers_the_loss(vocabulary, monkeypatch):

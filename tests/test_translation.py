@@ -35,10 +35,12 @@ from conftest import (
     SENTENCES,
     SMALL,
     assert_equals_pytorch,
+    assert_half_dropped,
     corpus_of,
     draw,
     make,
     save_text,
+    watch,
 )
 from inputs.pairs import make_batches, open_corpus
 from inputs.text import BOS, EOS, make_tokenizer
@@ -81,6 +83,21 @@ def test_a_pre_norm_layer_that_drops_its_sublayers_changes_nothing():
     assert torch.equal(decoder(x, mask, x, mask), x)
     assert not torch.allclose(encoder.eval()(x, mask), x)
     assert not torch.allclose(decoder.eval()(x, mask, x, mask), x)
+
+
+def test_pre_norm_has_dropout_on_what_a_layer_adds_and_on_nothing_else():
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 8, 16, dtype=torch.float64), causal_mask(8)
+    layer = T.PreNormEncoderLayer(Sizes(16, 2, 1, 24, dropout=0.5)).double()
+    seen = watch(layer)
+    result = layer(x, mask)
+    assert torch.equal(seen["norm1"][0][0], x)
+    (query, key, value, _), attended = seen["self_attention"]
+    assert all(torch.equal(each, seen["norm1"][1]) for each in (query, key, value))
+    (x,), normalized = seen["norm2"]
+    assert_half_dropped(x, seen["norm1"][0][0], attended)
+    assert torch.equal(seen["feed_forward.0"][0][0], normalized)
+    assert_half_dropped(result, x, seen["feed_forward.2"][1])
 
 
 def test_the_settings_choose_the_network(words):
@@ -354,17 +371,26 @@ def test_no_step_of_no_process_draws_what_another_draws(monkeypatch):
 def test_the_shares_of_several_processes_have_together_the_gradient_of_one(
     count, world, monkeypatch
 ):
-    corpus, model = corpus_of(random_pairs(count)), make()
-    rows, labels = torch.arange(count), int((corpus.lengths[:, 1] - 1).sum())
+    corpus, model = corpus_of(random_pairs(2 * count)), make()
+    rows = torch.arange(2 * count).flip(0)[:count]
+    labels = int((corpus.lengths[rows, 1] - 1).sum())
     loss = T.batch_loss(model, corpus, rows, SMALL.smoothing)
     expected = torch.autograd.grad(loss / labels, list(model.parameters()))
     total = 0.0
+    shares = []
+    sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    model.register_forward_hook(lambda _, inputs, __: shares.append(len(inputs[0])))
     for rank in range(world):  # one after the other, and none by DDP
         monkeypatch.setattr(T, "rank_and_world", lambda rank=rank: (rank, world))
+        model.zero_grad()
         total += T.add_gradients(model, corpus, rows, labels, SMALL)
+        for each, parameter in zip(sums, model.parameters(), strict=True):
+            each += parameter.grad  # which DDP waits for, also where no pair is left
+    assert len(shares) == world
+    assert max(shares) <= math.ceil(count / world)
     torch.testing.assert_close(total, loss.detach())
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad / world, gradient, rtol=1e-10, atol=1e-10)
+    for found, gradient in zip(sums, expected, strict=True):
+        torch.testing.assert_close(found / world, gradient, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("part_tokens", [10**6, 60, 1])
