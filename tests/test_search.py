@@ -103,14 +103,14 @@ def test_the_search_is_the_plain_one_and_loses_no_finished_target(searched, beam
 def test_a_step_continues_the_best_of_each_source(beam, V):
     torch.manual_seed(0)
     source = draw([3, 1], vocab_size=V)
-    tables = torch.randn(2, V, V, dtype=torch.float64).log_softmax(dim=-1)  # log P of the next
+    tables = torch.randn(2, 26, V, V, dtype=torch.float64)  # of a source, a length and a last token
     tables[..., EOS] = -50  # each source is searched to its limit
     steps = []
 
     def decode(target, rows):
         steps.append((target.tolist(), rows.tolist()))
         sources = torch.arange(2, device="cpu").repeat_interleave(beam)
-        return tables[sources, target[:, -1]]
+        return tables[sources, target.shape[1] - 1, target[:, -1]]
 
     with torch.device("meta"):  # where every tensor is made that names no device
         S.search(decode, source, beam, alpha=1.0)
@@ -119,7 +119,7 @@ def test_a_step_continues_the_best_of_each_source(beam, V):
     for (before, _), (target, rows) in itertools.pairwise(steps):
         for b, unfinished in enumerate(kept):
             longer = {
-                (*ids, token): score + log_p[b][ids[-1]][token]
+                (*ids, token): score + log_p[b][len(ids) - 1][ids[-1]][token]
                 for ids, score in unfinished.items()
                 for token in range(3, V)
             }

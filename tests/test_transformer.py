@@ -110,9 +110,13 @@ def test_dropout_is_on_what_a_layer_adds_and_on_nothing_else(kind):
     sizes = T.Sizes(16, 2, 1, 24, dropout=0.5)
     x, memory = torch.randn(2, 3, 8, 16, dtype=torch.float64)
     mask, memory_mask = torch.rand(2, 8, 8) > 0.3
-    layer = {"encoder": T.EncoderLayer, "decoder": T.DecoderLayer}[kind](sizes).double()
-    seen = watch(layer)
-    result = layer(x, mask) if kind == "encoder" else layer(x, mask, memory, memory_mask)
+    network = {"encoder": T.EncoderLayer, "decoder": T.DecoderLayer}[kind]
+    layer, without = network(sizes).double(), network(T.Sizes(16, 2, 1, 24)).double()
+    without.load_state_dict(layer.state_dict())
+    given = (x, mask) if kind == "encoder" else (x, mask, memory, memory_mask)
+    assert torch.equal(layer.eval()(*given), without(*given))
+    seen = watch(layer.train())
+    result = layer(*given)
     attentions = [name for name in ("self_attention", "cross_attention") if name in seen]
     for number, name in enumerate(attentions, start=1):
         inputs, attended = seen[name]
@@ -229,7 +233,7 @@ def restless(seed, dropout=0.0):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seed", [3, 25, 42])
+@pytest.mark.parametrize("seed", [3, 17, 19])
 def test_generating_is_taking_the_likeliest_token(seed):
     model, source = restless(seed), draw([9, 4, 1, 5, 2, 3], vocab_size=12)
     found = T.generate(model, source)
@@ -237,10 +241,10 @@ def test_generating_is_taking_the_likeliest_token(seed):
     assert len(set(map(len, found))) >= 3
 
 
-@pytest.mark.parametrize("seed", [3, 25, 42])
+@pytest.mark.parametrize("seed", [3, 17, 19])
 @pytest.mark.parametrize("limit", [20, 3, 0])
 def test_generating_with_the_cache_gives_the_same(limit, seed):
-    model, source = restless(seed), draw([9, 4, 1, 5, 2, 3], vocab_size=12)
+    model, source = restless(seed), draw([9, 4, 1, 5, 2, 3], vocab_size=12, lowest=T.EOS)
     assert T.generate_cached(model, source, limit) == T.generate(model, source, limit)
 
 
@@ -265,10 +269,10 @@ def test_a_target_may_end_at_once():
 
 @torch.inference_mode()
 def test_dropout_is_off_while_a_target_is_generated():
-    model, source = restless(25), draw([6, 5, 4], vocab_size=12)
+    model, source = restless(17), draw([6, 5, 4], vocab_size=12, lowest=T.EOS)
     expected = [greedy(model, row[row != T.PAD][None], limit=12) for row in source]
     for generate in (T.generate, T.generate_cached):
-        assert generate(restless(25, dropout=0.5).train(), source, limit=12) == expected
+        assert generate(restless(17, dropout=0.5).train(), source, limit=12) == expected
 
 
 # Tokens
@@ -386,11 +390,12 @@ def test_a_step_follows_the_gradient_of_the_smoothed_loss(short, kept, scale, mo
         losses.append(-(q * log_p).sum(dim=-1).mean())
         expected = torch.autograd.grad(losses[-1], [*model.parameters()])
         for each, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(each, wanted)
-    assert loss == pytest.approx(sum(losses).item() / 2, rel=1e-9)
+            torch.testing.assert_close(each, wanted, rtol=1e-5, atol=1e-6 * scale)
+    assert loss == pytest.approx(sum(losses).item() / 2, rel=1e-6)
 
 
-def test_dropout_is_on_in_training(short, vocabulary):
+@pytest.mark.usefixtures("short", "kept")
+def test_dropout_is_on_in_training(vocabulary):
     V = 4 + len(vocabulary)
     model = T.Transformer(V, dataclasses.replace(SMALL, dropout=1.0))
     for epoch in T.train(model, vocabulary, epochs=2, seed=0):

@@ -89,7 +89,10 @@ def test_pre_norm_has_dropout_on_what_a_layer_adds_and_on_nothing_else():
     torch.manual_seed(0)
     x, mask = torch.randn(2, 8, 16, dtype=torch.float64), causal_mask(8)
     layer = T.PreNormEncoderLayer(Sizes(16, 2, 1, 24, dropout=0.5)).double()
-    seen = watch(layer)
+    without = T.PreNormEncoderLayer(Sizes(16, 2, 1, 24)).double()
+    without.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x, mask), without(x, mask))
+    seen = watch(layer.train())
     result = layer(x, mask)
     assert torch.equal(seen["norm1"][0][0], x)
     (query, key, value, _), attended = seen["self_attention"]
