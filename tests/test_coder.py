@@ -8,7 +8,15 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from decoding.coder import TOTAL, Decoder, Encoder, cumulate, token_frequencies
+from decoding.coder import (
+    TOTAL,
+    WHOLE,
+    Decoder,
+    Encoder,
+    Interval,
+    cumulate,
+    token_frequencies,
+)
 
 FREQUENCY = st.one_of(st.integers(0, 9), st.integers(0, TOTAL // 8))
 STEP = (  # frequencies, and a symbol that has one
@@ -48,6 +56,23 @@ def test_equally_likely_halves_are_the_bits_themselves():
     content = encode([([3, 1], 0), ([3, 1], 1)])  # 0 to 3/4, then 9/16 to 12/16
     assert content == bytes([0b101_00000])  # 10/16 to 11/16 lies inside
     assert encode([]) == bytes([0b01_000000])
+
+
+def test_an_interval_keeps_the_part_of_its_symbol():
+    parts = np.array([0, 1, 3, 4])
+    for symbol, expected in enumerate([(1000, 1250), (1250, 1750), (1750, 2000)]):
+        interval = Interval()
+        interval.low, interval.high = 1000, 2000
+        interval.narrow(symbol, parts)
+        assert (interval.low, interval.high) == expected
+        assert {type(interval.low), type(interval.high)} == {int}
+    interval = Interval()
+    for total, part in ((3, (WHOLE // 3, WHOLE * 2 // 3)), (TOTAL, None)):
+        interval.narrow(1, cumulate([1, 1, total - 2]))
+        assert part in (None, (interval.low, interval.high))  # rounded down, without loss
+    width = WHOLE * 2 // 3 - WHOLE // 3
+    assert interval.low == WHOLE // 3 + width // TOTAL
+    assert interval.high == WHOLE // 3 + width * 2 // TOTAL
 
 
 def test_a_symbol_that_can_not_be_there_is_refused():

@@ -350,6 +350,35 @@ def test_no_image_is_trained_on_and_held_out():
     assert torch.equal(kept, labels)
 
 
+def test_each_image_keeps_its_label_and_type_on_both_sides():
+    images = torch.arange(130).view(130, 1, 1).expand(130, 28, 28).to(torch.uint8)
+    for count, expected in ((60, 1), (119, 1), (120, 2), (130, 2)):
+        split = images[:count], torch.arange(count)
+        parts = fashion.hold_out(split)
+        for part, labels in parts:
+            assert (part.dtype, labels.dtype) == (torch.uint8, torch.int64)
+            assert torch.equal(part, images[labels])
+        assert [len(labels) for _, labels in parts] == [count - expected, expected]
+        assert torch.equal(torch.cat([labels for _, labels in parts]).sort().values, split[1])
+
+
+def test_any_image_may_be_held_out_as_the_seed_wants():
+    numbers = torch.arange(60)
+
+    def draws(count):
+        torch.manual_seed(0)
+        return [fashion.hold_out((numbers, numbers))[1][0].item() for _ in range(count)]
+
+    assert {*draws(1000)} == {*range(60)}
+    assert draws(5) == draws(5)
+
+
+def test_too_few_images_are_refused():
+    numbers = torch.arange(59)
+    with pytest.raises(OSError):
+        fashion.hold_out((numbers, numbers))
+
+
 # As a person runs it
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,12 @@ def draw(*shape):
 # The network
 
 
+def test_a_quarter_turn_takes_one_half_to_the_other():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    turned = G.rotate(x, torch.zeros(1, 2), torch.ones(1, 2))
+    assert turned.tolist() == [[[[-3.0, -4.0, 1.0, 2.0]]]]
+
+
 def test_rotating_is_multiplying_complex_numbers():
     sizes = replace(TINY, d_k=8, theta=50.0)
     x, positions = torch.randn(2, 3, 5, 8), torch.tensor([0, 1, 2, 7, 30])
@@ -48,6 +55,20 @@ def test_rotating_is_multiplying_complex_numbers():
     turned = numbers * np.exp(1j * np.outer(positions, 50 ** -np.arange(0, 1, 1 / 4)))
     np.testing.assert_allclose(found[..., :4], turned.real, atol=1e-5)
     np.testing.assert_allclose(found[..., 4:], turned.imag, atol=1e-5)
+
+
+def test_each_row_may_have_its_own_angles_and_types_and_gradients_stay():
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 3, 5, 8).double(), torch.randn(2, 1, 5, 4).double()
+    found = G.rotate(x, angle.cos(), angle.sin())
+    for row in (0, 1):
+        alone = G.rotate(x[row : row + 1], angle[row, 0].cos(), angle[row, 0].sin())
+        torch.testing.assert_close(found[row : row + 1], alone)
+    assert G.rotate(x.float(), angle.float().cos(), angle.float().sin()).dtype == torch.float32
+    assert found.dtype == torch.float64
+    part = x[:1, :1].requires_grad_()
+    turns = [turn(angle[:1]).requires_grad_() for turn in (torch.cos, torch.sin)]
+    assert torch.autograd.gradcheck(G.rotate, (part, *turns))
 
 
 def test_products_of_rotated_vectors_depend_on_their_distance():
@@ -89,6 +110,91 @@ def test_grouped_heads_are_repeated_ones():
             weights[name] = W.view(2, 4, 8).repeat_interleave(2, dim=0).flatten(0, 1)
     all_heads.load_state_dict(weights)
     torch.testing.assert_close(grouped(draw(2, 9)), all_heads(draw(2, 9)), rtol=0, atol=1e-12)
+
+
+def head_by_head(attention, x, positions, mask):
+    """Compute the output of each head of queries alone, by the formula of chapter 3."""
+    frequency = G.frequencies(TINY)
+    angle = positions.unsqueeze(1).double() * frequency
+    outputs = []
+    for head in range(TINY.num_heads):
+        rows = slice(head * TINY.d_k, (head + 1) * TINY.d_k)
+        shared = head // (TINY.num_heads // TINY.num_kv_heads)
+        its_keys = slice(shared * TINY.d_k, (shared + 1) * TINY.d_k)
+        Q = x @ attention.W_q.weight[rows].T
+        K = x @ attention.W_k.weight[its_keys].T
+        V = x @ attention.W_v.weight[its_keys].T
+        Q, K = (turn_plainly(each, angle) for each in (Q, K))
+        scores = Q @ K.transpose(-2, -1) / math.sqrt(TINY.d_k)
+        outputs.append(scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ V)
+    return torch.cat(outputs, dim=-1) @ attention.W_o.weight.T
+
+
+def turn_plainly(x, angle):
+    numbers = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((numbers.real, numbers.imag), dim=-1)
+
+
+def test_attention_is_that_of_each_head_alone():
+    attention, x = make().layers[0].attention, torch.randn(3, 6, 8).double()
+    positions = torch.arange(6)
+    angle = positions.unsqueeze(1).double() * G.frequencies(TINY)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    found = attention(x, angle.cos(), angle.sin(), None)
+    expected = head_by_head(attention, x, positions, causal)
+    torch.testing.assert_close(found, expected)
+    parameters = [*attention.parameters()]
+    gradients, others = (
+        torch.autograd.grad(each.sin().sum(), parameters) for each in (found, expected)
+    )
+    torch.testing.assert_close(gradients, others)
+    hidden = causal & (torch.rand(3, 1, 6, 6) < 0.7) | torch.eye(6, dtype=torch.bool)
+    found = attention(x, angle.cos(), angle.sin(), hidden)
+    torch.testing.assert_close(found, head_by_head(attention, x, positions, hidden[:, 0]))
+
+
+def test_the_last_token_alone_attends_to_all_and_none_makes_nan():
+    attention, x = make().layers[0].attention, torch.randn(2, 6, 8).double()
+    angle = torch.arange(6).unsqueeze(1).double() * G.frequencies(TINY)
+    whole = attention(x, angle.cos(), angle.sin(), None)
+    with Cache(attention):
+        attention(x[:, :5], angle[:5].cos(), angle[:5].sin(), None)
+        last = attention(x[:, 5:], angle.cos(), angle.sin(), None)
+    torch.testing.assert_close(last, whole[:, 5:])
+    mask = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
+    mask[0, 0, 0] = False
+    found = attention(x, angle.cos(), angle.sin(), mask)
+    assert (found[0, 0] == 0).all()
+    torch.testing.assert_close(found[1], whole[1])
+
+
+def test_as_many_rows_as_heads_keep_masks_of_their_own():
+    model, tokens = make(), draw(4, 6)
+    real = torch.arange(6) >= torch.arange(4).unsqueeze(1)  # padding of 0, 1, 2 and 3 tokens
+    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+    found = model(tokens, positions, real.unsqueeze(1))
+    for n in range(4):
+        alone = model(tokens[n : n + 1, n:])[0]
+        torch.testing.assert_close(found[n, n:], alone, rtol=0, atol=1e-12)
+    found = model(tokens[:3], positions[:3], real[:3].unsqueeze(1))
+    assert found.shape == (3, 6, TINY.vocab_size)
+
+
+def test_the_feed_forward_network_is_the_formula():
+    network, x = make().layers[0].feed_forward, torch.tensor([[1.0, -2, 0, 3, -1, 0.5, 2, -3]])
+    gate, up, down = (
+        W.weight.detach().numpy() for W in (network.W_gate, network.W_up, network.W_down)
+    )
+    through = gate @ x[0].numpy()
+    expected = down @ (through / (1 + np.exp(-through)) * (up @ x[0].numpy()))
+    np.testing.assert_allclose(network(x.double())[0].detach().numpy(), expected)
+    x = torch.randn(2, 3, 8).double().requires_grad_()
+    assert network(x).shape == (2, 3, 8)
+    assert torch.autograd.gradcheck(network, x)
+    for W in (network.W_gate, network.W_up, network.W_down):
+        (gradient,) = torch.autograd.grad(network(x).sin().sum(), W.weight)
+        assert gradient.abs().min() > 0
+    assert network.float()(x.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -332,6 +438,55 @@ def train(run, prepared, settings=SETTINGS):
     return [row[:3] for row in G.train(run, corpus, texts, settings)]
 
 
+class Watched:
+    """What `train_epoch` needs of a run; it keeps losses and gradients, and takes no step."""
+
+    def __init__(self, model, device="cpu"):
+        self.model = model
+        self.device = torch.device(device)
+        self.optimizers = [SimpleNamespace(param_groups=[{}], step=lambda: None) for _ in (1, 2)]
+        self.epochs = 1
+        self.seed = 0
+        self.progress = SimpleNamespace(epoch=0, step=0)
+        self.losses = []
+        self.gradients = []
+
+    def steps(self, batches):
+        for self.progress.step, batch in enumerate(batches):
+            self.batch = batch
+            yield batch
+
+    def add(self, loss, count):
+        self.losses.append((self.batch, loss.detach()))
+        self.gradients.append([p.grad.clone() for p in self.model.parameters()])
+
+
+def test_each_token_of_a_window_predicts_the_next():
+    settings = replace(SETTINGS, context=5, steps=2, batch_size=3)
+    model, tokens = make(), draw(40)
+    run = Watched(model)
+    G.train_epoch(run, tokens, settings)
+    assert len(run.losses) == 2
+    for (batch, loss), found in zip(run.losses, run.gradients, strict=True):
+        costs = []
+        for begin in batch.tolist():
+            for t in range(5):
+                log_p = model(tokens[None, begin : begin + t + 1])[0, -1].log_softmax(dim=-1)
+                costs.append(-log_p[tokens[begin + t + 1]])
+        expected = torch.stack(costs).mean()
+        torch.testing.assert_close(loss, expected.detach())
+        gradients = torch.autograd.grad(expected, [*model.parameters()])
+        torch.testing.assert_close(found, [*gradients])
+
+
+def test_windows_go_to_the_device_of_the_run():
+    settings = replace(SETTINGS, context=5, steps=1, batch_size=3)
+    run = Watched(G.GPT(TINY).to("meta"), "meta")
+    G.train_epoch(run, draw(40), settings)
+    ((_, loss),) = run.losses
+    assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
+
+
 @pytest.mark.parametrize("stop_at", [1, 6])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, prepared, monkeypatch, stop_at):
     expected = start(tmp_path / "whole", prepared)
@@ -444,6 +599,21 @@ def test_bits_are_those_of_each_token_in_windows_that_do_not_overlap():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     apart = torch.cat([G.measure_bits(model, [ids]) for ids in documents])
     torch.testing.assert_close(found, apart, rtol=1e-5, atol=0)
+
+
+def test_a_token_with_probability_a_quarter_costs_two_bits():
+    model = G.GPT(replace(TINY, context=4))
+    logits = torch.full((264,), -100.0)
+    logits[:4] = 0.0
+    model.to_logits.register_forward_hook(lambda _, x, y: logits.expand_as(y))
+    modes = []
+    model.register_forward_pre_hook(lambda *_: modes.append(model.training))
+    model.embedding.register_forward_hook(lambda *_: modes.append(model.training))
+    found = G.measure_bits(model.train(), [torch.tensor([0, 3, 1, 2, 2, 1, 0])])
+    assert found.tolist() == [2.0] * 6
+    assert found.dtype == torch.float64
+    assert not any(modes)
+    assert not found.requires_grad
 
 
 def test_compressors_are_measured_alone_and_given_another_text():

@@ -285,7 +285,7 @@ def test_from_nothing_to_the_first_right_answer(run, place):
     status, out = run("check")
     assert status == 0
     assert out.startswith("✓ mask is right\n")
-    assert re.search(r"^✓  4 mask ", run()[1], re.MULTILINE)
+    assert re.search(r"^✓  5 mask ", run()[1], re.MULTILINE)
     _, out = run("solution")
     assert out.count("def causal_mask(") == 2
     assert out.index("practice/attention.py") < out.index("src/attention.py")
@@ -533,7 +533,7 @@ def test_what_the_scripts_import_is_copied_too(run, place):
 
 
 def test_a_task_has_a_number_and_the_next_one_needs_no_name(run):
-    assert run("start", 4)[1].startswith("mask: ")
+    assert run("start", 5)[1].startswith("mask: ")
     assert run("start")[1].startswith("loop: ")
 
 
@@ -551,4 +551,4 @@ def test_what_is_next_is_of_the_same_chapter(run, place):
     run("start", "predict")
     state = copies.read_state()
     state.done = ["predict"]
-    assert practice.remaining(state, TASKS)[:3] == ["bug-3", "bug-4", "loop"]
+    assert practice.remaining(state, TASKS)[:3] == ["dataset", "bug-3", "bug-4"]

@@ -45,6 +45,21 @@ def test_top_k_keeps_the_k_likeliest(logits, k):
     assert logits[kept].min() >= logits.masked_fill(kept, -math.inf).max()
 
 
+def test_top_p_reaches_p_in_each_row_and_changes_no_logit_that_it_keeps():
+    logits = torch.tensor([0.25, 0.5, 0.125, 0.125]).log()
+    for p, expected in ((1e-9, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3)):
+        found = S.keep_top_p(logits, p)
+        assert found.isfinite().sum() == expected
+        assert torch.equal(found[:2][found[:2].isfinite()], logits[:2][found[:2].isfinite()])
+    rows = torch.stack((logits, logits.flip(0), logits + 3)).double().expand(2, 3, 4)
+    found = S.keep_top_p(rows, 0.6)
+    assert (found.dtype, found.shape) == (torch.float64, (2, 3, 4))
+    for row in ((0, 0), (0, 1), (1, 2)):
+        assert torch.equal(found[row], S.keep_top_p(rows[row], 0.6))
+    hidden = torch.tensor([0.0, 0.0, -math.inf, -math.inf])  # as top-k leaves them
+    assert S.keep_top_p(hidden, 0.9).tolist() == hidden.tolist()
+
+
 @given(LOGITS, st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
     found = S.keep_top_p(logits, p)
@@ -71,6 +86,45 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 2000
     expected = probabilities(logits / temperature)
     torch.testing.assert_close(shares.double(), expected, rtol=0, atol=0.04)
+
+
+def drawn(logits, sampling, count=400):
+    """Return how often each token is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [S.draw_token(logits, sampling, generator) for _ in range(count)]
+    return torch.bincount(torch.tensor(tokens), minlength=len(logits)).tolist()
+
+
+def test_the_temperature_comes_first_then_top_k_then_top_p():
+    logits = torch.tensor([0.02, 0.64, 0.04, 0.3], dtype=torch.float64).log()
+    assert drawn(logits, S.Sampling(0)) == [0, 400, 0, 0]
+    kept = [
+        [n for n, count in enumerate(drawn(logits, sampling)) if count]
+        for sampling in (
+            S.Sampling(),
+            S.Sampling(top_k=3),
+            S.Sampling(top_p=0.9),
+            S.Sampling(2.0, top_p=0.9),  # of 0.08, 0.47, 0.12 and 0.32
+            S.Sampling(2.0, top_k=2, top_p=0.59),  # of 0.593 and 0.407
+            S.Sampling(2.0, top_k=2, top_p=0.6),
+        )
+    ]
+    assert kept == [[0, 1, 2, 3], [1, 2, 3], [1, 3], [1, 2, 3], [1], [1, 3]]
+
+
+def test_a_draw_is_an_int_and_takes_its_chance_from_the_generator_alone():
+    logits = torch.zeros(50, dtype=torch.float64)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = [
+        [S.draw_token(logits, PLAIN, generator) for _ in range(8)]
+        for generator in (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
+    ]
+    assert found[0] == found[1] != found[2]
+    assert len({*found[0]}) > 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {type(token) for token in (*found[0], S.draw_token(logits, S.Sampling(0), None))} == {int}
+    assert torch.equal(logits, torch.zeros(50, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +159,39 @@ def test_logits_of_padded_and_cached_rows_are_those_of_a_row_alone():
     for row, alone in ((0, tokens[:1, 2:]), (1, tokens[1:])):
         expected = model(alone)[0, -1]
         assert (found[row] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_without_padding_only_new_tokens_are_read():
+    model, tokens = draw_weights(G.GPT(SIZES)).double(), torch.tensor([[5, 7, 9, 11, 2]])
+    real = torch.ones(1, 5, dtype=torch.bool)
+    expected = model(tokens)[:, -1]
+    assert expected.shape == (1, 300)
+    torch.testing.assert_close(S.next_logits(model, tokens, real), expected)
+    seen = []
+    model.embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    with torch.inference_mode(), S.Cache(model) as cache:
+        for length in (2, 3, 5):
+            part = slice(length)
+            found = S.next_logits(model, tokens[:, part], real[:, part], cache.length)
+    torch.testing.assert_close(found, expected)
+    assert seen == [2, 1, 2]
+
+
+def test_each_row_counts_its_positions_from_its_first_real_token():
+    model, tokens = draw_weights(G.GPT(SIZES)).double(), torch.tensor([[0, 0, 5, 7], [1, 2, 3, 4]])
+    real = tokens > 0
+    calls = []
+
+    def hidden(tokens, positions, mask):
+        calls.append((tokens, positions, mask))
+        return G.GPT.hidden(model, tokens, positions, mask)
+
+    model.hidden = hidden
+    S.next_logits(model, tokens, real, start=0)
+    ((_, positions, mask),) = calls
+    assert positions[0, 2:].tolist() == [0, 1]
+    assert positions[1].tolist() == [0, 1, 2, 3]
+    assert mask.broadcast_to(2, 1, 4)[:, 0].tolist() == real.tolist()
 
 
 def test_a_row_ends_at_the_end_mark_and_the_others_go_on(model, monkeypatch):
