@@ -113,7 +113,7 @@ def test_the_temperature_comes_first_then_top_k_then_top_p():
 
 
 def test_a_draw_is_an_int_and_takes_its_chance_from_the_generator_alone():
-    logits = torch.zeros(50, dtype=torch.float64)
+    logits = torch.ones(50, dtype=torch.float64)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     found = [
@@ -124,7 +124,7 @@ def test_a_draw_is_an_int_and_takes_its_chance_from_the_generator_alone():
     assert len({*found[0]}) > 1
     assert torch.equal(torch.get_rng_state(), before)
     assert {type(token) for token in (*found[0], S.draw_token(logits, S.Sampling(0), None))} == {int}
-    assert torch.equal(logits, torch.zeros(50, dtype=torch.float64))
+    assert torch.equal(logits, torch.ones(50, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

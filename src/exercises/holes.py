@@ -34,6 +34,7 @@ class Task:
     old: str = ""  # the right code
     new: str = ""  # the mistake in its place
     symptom: str = ""  # the visible effect of the mistake
+    trial: str = ""  # the function of trials.py that measures it
 
 
 def read_tasks() -> dict[str, Task]:
