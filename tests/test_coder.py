@@ -75,6 +75,15 @@ def test_an_interval_keeps_the_part_of_its_symbol():
     assert interval.high == WHOLE // 3 + width * 2 // TOTAL
 
 
+def test_an_empty_part_is_refused_and_leaves_the_interval():
+    interval = Interval()
+    interval.narrow(1, np.array([0, 1, 3, 4]))
+    low, high = interval.low, interval.high
+    with pytest.raises(ValueError):
+        interval.narrow(1, np.array([0, 1, 1, 2]))
+    assert (interval.low, interval.high) == (low, high)
+
+
 def test_a_symbol_that_can_not_be_there_is_refused():
     with pytest.raises(ValueError, match="symbol 1 has frequency 0"):
         encode([([1, 0, 1], 1)])

@@ -123,7 +123,8 @@ def test_a_draw_is_an_int_and_takes_its_chance_from_the_generator_alone():
     assert found[0] == found[1] != found[2]
     assert len({*found[0]}) > 1
     assert torch.equal(torch.get_rng_state(), before)
-    assert {type(token) for token in (*found[0], S.draw_token(logits, S.Sampling(0), None))} == {int}
+    found[0].append(S.draw_token(logits, S.Sampling(0), torch.Generator()))
+    assert {type(token) for token in found[0]} == {int}
     assert torch.equal(logits, torch.ones(50, dtype=torch.float64))
 
 
