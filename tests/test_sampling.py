@@ -192,6 +192,7 @@ def test_each_row_counts_its_positions_from_its_first_real_token():
     ((_, positions, mask),) = calls
     assert positions[0, 2:].tolist() == [0, 1]
     assert positions[1].tolist() == [0, 1, 2, 3]
+    assert positions.min() == 0
     assert mask.broadcast_to(2, 1, 4)[:, 0].tolist() == real.tolist()
 
 

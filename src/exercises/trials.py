@@ -18,19 +18,16 @@ from torch import Tensor
 
 from exercises.holes import ROOT, SOURCES
 
-TEXTS = ("bisect.py", "heapq.py", "keyword.py", "opcode.py", "reprlib.py", "this.py")
-HELD_OUT = "colorsys.py"
+TEXT = "colorsys.py"  # short enough to be learned by heart, which takes positions and all heads
 STEPS = 120
 CONTEXT = 32  # tokens of the small network
 MEASURED = 1500  # characters of a text
 WRITTEN = 24  # tokens
 
 
-def standard_texts(names: Sequence[str]) -> list[str]:
-    """Read files of the standard library."""
-    lesson = right_script("gpt.py")
-    folder = lesson.standard_library()
-    return [(folder / name).read_text(encoding="utf-8") for name in names]
+def read_text(module: Any) -> str:
+    """Read TEXT, a file of the standard library."""
+    return (module.standard_library() / TEXT).read_text(encoding="utf-8")
 
 
 def right_script(name: str) -> Any:
@@ -44,7 +41,8 @@ def train_small(module: Any, steps: int) -> tuple[Any, Any, float]:
         d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=64, context=CONTEXT,
         vocab_size=400, steps=steps, batch_size=16,
     )  # fmt: skip
-    documents = module.Documents(standard_texts(TEXTS), standard_texts([HELD_OUT]))
+    texts = [read_text(module)]
+    documents = module.Documents(texts, texts)
     tokenizer = module.learn_tokenizer(documents.training, settings.vocab_size)
     corpus = module.encode(documents, tokenizer, settings.context)
     vocab_size = tokenizer.get_vocab_size()
@@ -76,17 +74,16 @@ def trained(
     return copy.eval(), tokenizer
 
 
-def held_out_tokens(module: Any, tokenizer: Any) -> tuple[Tensor, int]:
-    """Return the tokens of a text that isn't trained on, after a mark, and its bytes."""
-    (text,) = standard_texts([HELD_OUT])
-    text = text[:MEASURED]
+def measured_tokens(module: Any, tokenizer: Any) -> tuple[Tensor, int]:
+    """Return the tokens of the beginning of TEXT, after a mark, and its bytes."""
+    text = read_text(module)[:MEASURED]
     (ids,) = module.encode_documents(tokenizer, [text])
     return ids, len(text.encode())
 
 
 def bits_per_byte(module: Any, model: Any, tokenizer: Any) -> float:
     """Measure a network."""
-    ids, size = held_out_tokens(module, tokenizer)
+    ids, size = measured_tokens(module, tokenizer)
     return module.measure_bits(model, [ids]).sum().item() / size
 
 
@@ -122,7 +119,7 @@ def tiled_heads(module: Any) -> dict[str, Any]:
 def mask_of_heads(module: Any) -> dict[str, Any]:
     """Continue as many prompts as there are heads at once, and alone; then one prompt less."""
     model, tokenizer = trained(module, lambda sizes: sizes.num_heads > 2)
-    ids, _ = held_out_tokens(module, tokenizer)
+    ids, _ = measured_tokens(module, tokenizer)
     rows = model.sizes.num_heads
     prompts = [ids[: 2 + n].tolist() for n in range(rows)]
     together = write(module, model, prompts, cached=True)
@@ -139,7 +136,7 @@ def mask_of_heads(module: Any) -> dict[str, Any]:
 def no_causal_mask(module: Any, steps: int = STEPS) -> dict[str, Any]:
     """Train, and measure the network with and without the rest of the text in sight."""
     model, tokenizer, loss = train_small(module, steps)
-    ids, size = held_out_tokens(module, tokenizer)
+    ids, size = measured_tokens(module, tokenizer)
     ids = ids[: CONTEXT + 1]
     size = len(tokenizer.decode(ids[1:].tolist()).encode())
     bits = module.measure_bits(model, [ids]).sum().item() / size
@@ -152,7 +149,7 @@ def no_causal_mask(module: Any, steps: int = STEPS) -> dict[str, Any]:
 def unshifted_labels(module: Any, steps: int = STEPS) -> dict[str, Any]:
     """Train, measure, and write."""
     model, tokenizer, loss = train_small(module, steps)
-    ids, _ = held_out_tokens(module, tokenizer)
+    ids, _ = measured_tokens(module, tokenizer)
     (written,) = write(module, model, [ids[:5].tolist()], cached=True)
     kinds = len({*written})
     bits = bits_per_byte(module, model, tokenizer)
@@ -162,7 +159,7 @@ def unshifted_labels(module: Any, steps: int = STEPS) -> dict[str, Any]:
 def position_of_queries(module: Any) -> dict[str, Any]:
     """Continue a text with and without the cache, and measure without it."""
     model, tokenizer = trained(module)
-    ids, _ = held_out_tokens(module, tokenizer)
+    ids, _ = measured_tokens(module, tokenizer)
     prompt = ids[:8].tolist()
     (cached,) = write(module, model, [prompt], cached=True)
     (plain,) = write(module, model, [prompt], cached=False)
@@ -176,7 +173,7 @@ def crossing_token(module: Any) -> dict[str, Any]:
     """Sum up the probability that top-p keeps of 0.9, for each token of a text."""
     lesson = right_script("gpt.py")
     model, tokenizer = trained(lesson)
-    ids, _ = held_out_tokens(lesson, tokenizer)
+    ids, _ = measured_tokens(lesson, tokenizer)
     with torch.inference_mode():
         logits = model(ids[:CONTEXT].unsqueeze(0))[0].double()
     kept = module.keep_top_p(logits, 0.9).isfinite()
