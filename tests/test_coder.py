@@ -66,6 +66,9 @@ def test_an_interval_keeps_the_part_of_its_symbol():
         interval.narrow(symbol, parts)
         assert (interval.low, interval.high) == expected
         assert {type(interval.low), type(interval.high)} == {int}
+    interval.low, interval.high = 1000, 1010
+    interval.narrow(1, parts)
+    assert (interval.low, interval.high) == (1002, 1007)  # 2.5 and 7.5, rounded down
     interval = Interval()
     for total, part in ((3, (WHOLE // 3, WHOLE * 2 // 3)), (TOTAL, None)):
         interval.narrow(1, cumulate([1, 1, total - 2]))

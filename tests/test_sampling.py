@@ -51,6 +51,8 @@ def test_top_p_reaches_p_in_each_row_and_changes_no_logit_that_it_keeps():
         found = S.keep_top_p(logits, p)
         assert found.isfinite().sum() == expected
         assert torch.equal(found[:2][found[:2].isfinite()], logits[:2][found[:2].isfinite()])
+    kept = S.keep_top_p(torch.tensor([0.15, 0.5, 0.35]).log(), 0.6).isfinite()
+    assert kept.tolist() == [False, True, True]
     rows = torch.stack((logits, logits.flip(0), logits + 3)).double().expand(2, 3, 4)
     found = S.keep_top_p(rows, 0.6)
     assert (found.dtype, found.shape) == (torch.float64, (2, 3, 4))
