@@ -33,8 +33,8 @@ class Task:
     alone: bool = True  # whether its result depends only on its arguments
     old: str = ""  # the right code
     new: str = ""  # the mistake in its place
-    symptom: str = ""  # the visible effect of the mistake
-    trial: str = ""  # the function of trials.py that measures it
+    symptom: str = ""  # the visible effect of the mistake, with the names of its numbers
+    trial: str = ""  # the function of trials.py that returns these numbers
 
 
 def read_tasks() -> dict[str, Task]:

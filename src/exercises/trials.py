@@ -1,181 +1,163 @@
-"""Small runs of a script with a mistake: what a learner would see of it, in numbers.
+"""Small runs that show a mistake at work: practice.py tells a mistake by the numbers they return.
 
-exercises.toml names one for a mistake to find, and practice.py calls it twice: with the script that
-has the mistake, and with the right one. Those of the language model take the network of runs/gpt
-where there is one that can show the mistake, and else train a small one.
+Each takes the module that a mistake may be in, imported from a folder that has all scripts, and
+takes a few seconds. exercises.toml names it as the `trial` of a mistake, and has the names of its
+numbers in the `symptom`: {loss} with the mistake, {right.loss} without.
 """
 
-import math
-import runpy
-import tempfile
-from collections.abc import Callable, Sequence
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from exercises.holes import ROOT, SOURCES
-
-TEXT = "colorsys.py"  # short enough to be learned by heart, which takes positions and all heads
-STEPS = 120
-CONTEXT = 32  # tokens of the small network
-MEASURED = 1500  # characters of a text
-WRITTEN = 24  # tokens
+Numbers = dict[str, Any]  # numbers and texts, by the names that a symptom has for them
+SAMPLE = Path(__file__).resolve().parents[2] / "data/fashion-mnist-sample"
 
 
-def read_text(module: Any) -> str:
-    """Read TEXT, a file of the standard library."""
-    return (module.standard_library() / TEXT).read_text(encoding="utf-8")
+def tell(symptom: str, wrong: Numbers, right: Numbers) -> str:
+    """Return the symptom with the numbers of two runs, those with the mistake and those without."""
+    return symptom.format(**wrong, right=SimpleNamespace(**right))
 
 
-def right_script(name: str) -> Any:
-    """Return the names of a script as it stands in src/."""
-    return SimpleNamespace(**runpy.run_path(str(SOURCES / name), run_name="right"))
+def fitted_line(hello: ModuleType) -> Numbers:
+    """Fit a line through 100 noisy points; return its slope and intercept, and the warnings."""
+    torch.manual_seed(1)
+    x = torch.linspace(-1, 1, 100)
+    y = 0.8 * x + 1.5 + 0.3 * torch.randn(100)
+    with warnings.catch_warnings(record=True) as caught:
+        slope, intercept = hello.fit_line(x, y, steps=150, learning_rate=0.2)
+    return {"slope": slope, "intercept": intercept, "warnings": len(caught)}
 
 
-def train_small(module: Any, steps: int) -> tuple[Any, Any, float]:
-    """Train a small network by a gpt.py; return it, its tokenizer, and its last training loss."""
-    settings = module.Settings(
-        d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=64, context=CONTEXT,
-        vocab_size=400, steps=steps, batch_size=16,
-    )  # fmt: skip
-    texts = [read_text(module)]
-    documents = module.Documents(texts, texts)
-    tokenizer = module.learn_tokenizer(documents.training, settings.vocab_size)
-    corpus = module.encode(documents, tokenizer, settings.context)
-    vocab_size = tokenizer.get_vocab_size()
-    cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        run = module.make_run(Path(folder), settings, corpus, vocab_size, cpu, 0, math.inf)
-        *_, last = module.train(run, corpus, tokenizer, settings)
-    return run.model, tokenizer, last.training_loss
+def trained_classifier(fashion: ModuleType) -> Numbers:
+    """Train a narrow network on 3,000 images; return its loss, and its accuracy on 1,000 others."""
+    torch.manual_seed(1)
+    images, labels = fashion.load(SAMPLE, "train")
+    train = (images[:3000], labels[:3000])
+    others = (images[3000:4000], labels[3000:4000])
+    model = fashion.Classifier(width=64)
+    *_, last = fashion.fit(model, train, others, epochs=6, batch_size=100, learning_rate=6e-3)
+    return {"loss": last.training_loss, "accuracy": last.accuracy}
 
 
-def trained(
-    module: Any, shows: Callable[[Any], bool] = lambda sizes: True, steps: int = STEPS
-) -> tuple[Any, Any]:
-    """Return a network of a gpt.py, with weights that the right script has trained.
+def allowed_places(attention: ModuleType) -> Numbers:
+    """Count the places that some words may look at, under both masks.
 
-    They are those of runs/gpt if that opens and `shows` says that its sizes can show the mistake.
+    There are six places: four words, then two of padding.
     """
-    right = right_script("gpt.py")
-    try:
-        model, published = right.open_model(ROOT / "runs/gpt")
-        tokenizer = published.tokenizer
-        usable = shows(model.sizes)
-    except OSError:
-        usable = False
-    if not usable:
-        model, tokenizer, _ = train_small(right, steps)
-    copy = module.GPT(model.sizes)
-    copy.load_state_dict(model.state_dict())
-    return copy.eval(), tokenizer
+    causal = attention.causal_mask(6).sum(dim=1)
+    padding = attention.padding_mask(torch.tensor([[7, 5, 8, 7, 0, 0]]), pad=0)[0].expand(6, 6)
+    return {
+        "first": causal[0].item(),
+        "last": causal[-1].item(),
+        "word": padding[0].sum().item(),
+        "padding": padding[-1].sum().item(),
+    }
 
 
-def measured_tokens(module: Any, tokenizer: Any) -> tuple[Tensor, int]:
-    """Return the tokens of the beginning of TEXT, after a mark, and its bytes."""
-    text = read_text(module)[:MEASURED]
-    (ids,) = module.encode_documents(tokenizer, [text])
-    return ids, len(text.encode())
+def weights_of_words(attention: ModuleType) -> Numbers:
+    """Return the weights of the first of five words, and the sums of a row and of a column."""
+    torch.manual_seed(1)
+    Q, K, V = torch.randn(3, 5, 4)
+    _, weights = attention.scaled_dot_product_attention(Q, K, V)
+    return {
+        "row": ", ".join(f"{weight:.2f}" for weight in weights[0].tolist()),
+        "sum": weights[0].sum().item(),
+        "column": weights[:, 0].sum().item(),
+    }
 
 
-def bits_per_byte(module: Any, model: Any, tokenizer: Any) -> float:
-    """Measure a network."""
-    ids, size = measured_tokens(module, tokenizer)
-    return module.measure_bits(model, [ids]).sum().item() / size
+def two_heads(attention: ModuleType) -> Numbers:
+    """Train two heads; return how much of their weight is on the mirror image, and to the left.
+
+    Of either place, the head that looks there more is taken.
+    """
+    torch.manual_seed(1)
+    model = attention.PairFinder(num_heads=2)
+    attention.train(model, steps=300)
+    digits, _ = attention.sample_sequences(200, unseen=True)
+    picture = model.weights(digits).mean(dim=0)  # (H, T, T)
+    places = torch.arange(attention.LENGTH)
+    mirror = picture[:, places, places.flip(0)].mean(dim=1)
+    left = picture[:, places, places - 1].mean(dim=1)
+    return {"mirror": mirror.max().item(), "left": left.max().item()}
 
 
-def write(module: Any, model: Any, prompts: Sequence[Sequence[int]], cached: bool) -> list[Any]:
-    """Continue prompts by the likeliest tokens; return the tokens of each."""
-    context = max(map(len, prompts)) + WRITTEN
-    columns = module.next_tokens(
-        model, prompts, module.Sampling(0), range(len(prompts)), context, module.MARK_ID, cached
-    )
-    rows = zip(*columns, strict=True)
-    return [[token for token in row if token is not None][:WRITTEN] for row in rows]
+def one_head(attention: ModuleType) -> Numbers:
+    """Train one head, which can't do the task; return the share of sequences it does exactly."""
+    torch.manual_seed(1)
+    model = attention.PairFinder(num_heads=1)
+    attention.train(model, steps=150)
+    return {"exact": attention.share_exact(model, count=500)}
 
 
-def list_of_layers(module: Any) -> dict[str, Any]:
-    """Count what the optimizer of transformer.py is given, and what a file would hold."""
-    model = module.Transformer(100, module.Sizes())
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": count, "tensors": len(model.state_dict())}
+def short_training(transformer: ModuleType) -> Numbers:
+    """Train a small network on dates for 60 steps; return its loss, and an answer."""
+    days, validation_days, test_days = transformer.split_days()
+    transformer.split_days = lambda: (days, validation_days[:20], test_days)
+    transformer.BATCHES = 60
+    transformer.WARMUP = 20
+    pairs = transformer.sample_dates(days[:2000], transformer.Random(1))
+    vocabulary = transformer.make_vocabulary(pairs)
+    torch.manual_seed(1)
+    sizes = transformer.Sizes(d_model=32, num_heads=2, num_layers=1, d_ff=64)
+    model = transformer.Transformer(4 + len(vocabulary), sizes)
+    (epoch,) = transformer.train(model, vocabulary, epochs=1, seed=1)
+    return {"loss": epoch.loss, "answer": transformer.read(model, vocabulary, ["7 May 2031"])[0]}
 
 
-def layout(module: Any) -> dict[str, Any]:
-    """Measure weights that another script has trained."""
-    model, tokenizer = trained(module)
-    return {"bits": bits_per_byte(module, model, tokenizer)}
+def draw_texts(count: int, length: int) -> list[Tensor]:
+    """Draw texts of so many letters, as tokens from 4 on."""
+    return list(torch.randint(4, 30, (count, length)))
 
 
-def tiled_heads(module: Any) -> dict[str, Any]:
-    """Measure weights with grouped heads that another script has trained."""
-    model, tokenizer = trained(module, lambda sizes: 1 < sizes.num_kv_heads < sizes.num_heads)
-    return {"bits": bits_per_byte(module, model, tokenizer)}
+def train_repeater(transformer: ModuleType) -> Any:
+    """Train a small Transformer to repeat texts of letters, of one length in each batch."""
+    torch.manual_seed(1)
+    sizes = transformer.Sizes(d_model=32, num_heads=2, num_layers=1, d_ff=32)
+    model = transformer.Transformer(30, sizes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(300):
+        source, target = batch_of(transformer, draw_texts(64, length=2 + step % 5))
+        logits = model(source, target[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
 
 
-def mask_of_heads(module: Any) -> dict[str, Any]:
-    """Continue as many prompts as there are heads at once, and alone; then one prompt less."""
-    model, tokenizer = trained(module, lambda sizes: sizes.num_heads > 2)
-    ids, _ = measured_tokens(module, tokenizer)
-    rows = model.sizes.num_heads
-    prompts = [ids[: 2 + n].tolist() for n in range(rows)]
-    together = write(module, model, prompts, cached=True)
-    alone = [write(module, model, [prompt], cached=True)[0] for prompt in prompts]
-    error = "no error"
-    try:
-        write(module, model, prompts[1:], cached=True)
-    except RuntimeError as raised:
-        error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
-    differ = sum(a != b for a, b in zip(together, alone, strict=True))
-    return {"rows": rows, "fewer": rows - 1, "differ": differ, "error": error}
+def batch_of(transformer: ModuleType, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return texts as a batch: sources (B, S), and the same as targets (B, S + 1) after BOS."""
+    ended = [F.pad(text, (0, 1), value=transformer.EOS) for text in texts]
+    source = transformer.pad_sequence(ended, batch_first=True, padding_value=transformer.PAD)
+    return source, F.pad(source, (1, 0), value=transformer.BOS)
 
 
-def no_causal_mask(module: Any, steps: int = STEPS) -> dict[str, Any]:
-    """Train, and measure the network with and without the rest of the text in sight."""
-    model, tokenizer, loss = train_small(module, steps)
-    ids, size = measured_tokens(module, tokenizer)
-    ids = ids[: CONTEXT + 1]
-    size = len(tokenizer.decode(ids[1:].tolist()).encode())
-    bits = module.measure_bits(model, [ids]).sum().item() / size
-    alone = 0.0
-    for t in range(1, len(ids)):
-        alone += module.measure_bits(model, [ids[: t + 1]])[-1].item() / size
-    return {"loss": loss, "bits": bits, "alone": alone}
+def repeated_texts(transformer: ModuleType) -> Numbers:
+    """Train a network to repeat texts; return how many it repeats, in a batch and one by one."""
+    model = train_repeater(transformer)
+    texts = [text for length in range(2, 7) for text in draw_texts(12, length)]
+    together = transformer.generate_cached(model, batch_of(transformer, texts)[0], limit=7)
+    alone = []
+    for text in texts:
+        alone += transformer.generate_cached(model, batch_of(transformer, [text])[0], limit=7)
+    wanted = [text.tolist() for text in texts]
+    lost = [n for n in range(len(texts)) if together[n] != wanted[n]]
+    shown = lost[0] if lost else 0
+    return {
+        "texts": len(texts),
+        "together": sum(a == b for a, b in zip(together, wanted, strict=True)),
+        "alone": sum(a == b for a, b in zip(alone, wanted, strict=True)),
+        "text": spell(wanted[shown]),
+        "answer": spell(together[shown]),
+    }
 
 
-def unshifted_labels(module: Any, steps: int = STEPS) -> dict[str, Any]:
-    """Train, measure, and write."""
-    model, tokenizer, loss = train_small(module, steps)
-    ids, _ = measured_tokens(module, tokenizer)
-    (written,) = write(module, model, [ids[:5].tolist()], cached=True)
-    kinds = len({*written})
-    bits = bits_per_byte(module, model, tokenizer)
-    return {"loss": loss, "bits": bits, "written": len(written), "kinds": kinds}
-
-
-def position_of_queries(module: Any) -> dict[str, Any]:
-    """Continue a text with and without the cache, and measure without it."""
-    model, tokenizer = trained(module)
-    ids, _ = measured_tokens(module, tokenizer)
-    prompt = ids[:8].tolist()
-    (cached,) = write(module, model, [prompt], cached=True)
-    (plain,) = write(module, model, [prompt], cached=False)
-    same = [a == b for a, b in zip(cached, plain, strict=False)]
-    same.append(False)
-    bits = bits_per_byte(module, model, tokenizer)
-    return {"bits": bits, "same": same.index(False), "written": len(plain)}
-
-
-def crossing_token(module: Any) -> dict[str, Any]:
-    """Sum up the probability that top-p keeps of 0.9, for each token of a text."""
-    lesson = right_script("gpt.py")
-    model, tokenizer = trained(lesson)
-    ids, _ = measured_tokens(lesson, tokenizer)
-    with torch.inference_mode():
-        logits = model(ids[:CONTEXT].unsqueeze(0))[0].double()
-    kept = module.keep_top_p(logits, 0.9).isfinite()
-    shares = (logits.softmax(dim=-1) * kept).sum(dim=-1)
-    return {"least": shares.min().item(), "below": int((shares < 0.9).sum()), "rows": len(shares)}
+def spell(tokens: list[int]) -> str:
+    """Return tokens as letters."""
+    return "".join(chr(ord("a") + token - 4) if token >= 4 else "?" for token in tokens)
