@@ -3,8 +3,8 @@
 
 Run `poetry run src/practice.py` for the list. `start mask` copies the scripts to practice/ without
 one function; `check` tests your copy, `check --watch` does so at each save; `hint` and
-`solution` help. The exercises, and the mistakes to hunt (`start bug-1`), are in
-exercises/exercises.toml.
+`solution` help. There are also mistakes to find: `start bug-1` plants one in practice/bug-1/, and
+says what it does. The exercises and the mistakes are in exercises/exercises.toml.
 """
 
 import argparse
@@ -12,8 +12,25 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from exercises.copies import PRACTICE, State, keep, read, read_state, refresh, save, write_state
+from exercises import trials
+from exercises.copies import (
+    PRACTICE,
+    SYMPTOM,
+    State,
+    begin_again,
+    copy_of,
+    is_broken,
+    is_planted,
+    keep,
+    plant,
+    read,
+    read_state,
+    refresh,
+    save,
+    write_state,
+)
 from exercises.holes import (
     ROOT,
     SOURCES,
@@ -24,7 +41,8 @@ from exercises.holes import (
     prepare,
     read_tasks,
 )
-from exercises.judge import Case, judge, warm_up, warm_up_optimizers
+from exercises.judge import judge, warm_up, warm_up_optimizers
+from exercises.reports import Case, Verdict
 from running.shell import command
 
 COLORS = {"✓": 32, "✗": 31, "→": 33}
@@ -38,74 +56,123 @@ def chapter(task: Task) -> str:
     return f"docs/{found[0]}" if found else "README.md"
 
 
-def start(task: Task, state: State, again: bool) -> None:
+def start(task: Task, state: State, tasks: dict[str, Task], again: bool) -> None:
     """Empty the function, or plant the mistake, in practice/, and print the task."""
-    path = PRACTICE / task.script
-    reference = read(SOURCES / task.script)
-    if again or task.name not in state.started:
-        copy = read(path)
-        touched = copy.split("\n")[function_lines(copy, task.function)]
-        if touched != reference.split("\n")[function_lines(reference, task.function)]:
-            print(f"The old {path.relative_to(ROOT)} is kept as {keep(path).name}.\n")
-        save(path, carry([task.function], prepare(reference, task), copy))
-        state.started = [*dict.fromkeys([*state.started, task.name])]
-        state.hints.pop(task.name, None)
-    else:
+    if task.name in state.started and not again:
         print(
             f"{task.name} was started before; `start {task.name} --again` starts over, and keeps a "
             "copy of your work.\n"
         )
+    elif task.symptom:
+        plant(task)
+        show_trial(task)
+    else:
+        empty(task, state, tasks, again)
     state.current = task.name
+    state.started = [*dict.fromkeys([*state.started, task.name])]
     write_state(state)
     show_task(task)
 
 
+def empty(task: Task, state: State, tasks: dict[str, Task], again: bool) -> None:
+    """Put a hole in the place of a function in the copy, and keep the copy if it was changed."""
+    path = copy_of(task)
+    reference = read(SOURCES / task.script)
+    if again and is_broken(path):
+        begin_again(task, state, tasks)
+    copy = read(path)
+    touched = copy.split("\n")[function_lines(copy, task.function)]
+    if touched != reference.split("\n")[function_lines(reference, task.function)]:
+        print(f"The old {path.relative_to(ROOT)} is kept as {keep(path).name}.\n")
+    save(path, carry([task.function], prepare(reference, task), copy))
+    state.hints.pop(task.name, None)
+
+
+def show_trial(task: Task) -> None:
+    """Run the small run of a mistake, with the mistake and without; keep the symptom beside it."""
+    print("A small run, with the mistake and without …\n", flush=True)
+    name = task.script.removesuffix(".py").replace("/", ".")
+    wrong = trials.run(task.trial, name, PRACTICE / task.name)
+    right = trials.run(task.trial, name, SOURCES)
+    text = trials.tell(task.symptom, wrong, right)
+    (PRACTICE / task.name / SYMPTOM).write_text(text, encoding="utf-8")
+
+
 def show_task(task: Task) -> None:
     """Print the task, and where to write."""
+    place = copy_of(task).relative_to(ROOT).as_posix()
     if task.symptom:
-        print(f"{task.name}: practice/{task.script} now has a mistake. This is what it does:\n")
-        print(textwrap.indent(textwrap.fill(task.symptom, 96), "  "))
+        path = PRACTICE / task.name / SYMPTOM
+        print(f"{task.name}: {place} has a mistake. This is what it does:\n")
+        print(textwrap.indent(textwrap.fill(path.read_text(encoding="utf-8"), 96), "  "))
     else:
-        line, docstring = find_hole(read(PRACTICE / task.script), task)
-        print(f"{task.name}: {task.title}\npractice/{task.script}:{line}, in {task.function}\n")
+        line, docstring = find_hole(read(copy_of(task)), task)
+        print(f"{task.name}: {task.title}\n{place}:{line}, in {task.function}\n")
         print(textwrap.indent(docstring if not task.task else task.task.strip(), "  "))
     print(f"\nChapter: {chapter(task)}\nNext: check, or hint", flush=True)
 
 
+def case_of(task: Task, tasks: dict[str, Task]) -> Case:
+    """Return what the judge needs to know of a task.
+
+    Other exercises of the script may be holes, or wrong. The reference's functions are used
+    instead, but not beside a mistake to find, which has a copy of its own.
+    """
+    watched = task.function if task.alone else ""
+    same = {other.function for other in tasks.values() if other.script == task.script}
+    others = set() if task.symptom else same - {task.function}
+    return Case(copy_of(task), task.script, watched, task.tests, tuple(sorted(others)))
+
+
 def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
     """Judge the learner's answer, and print the verdict; return the exit status."""
-    started = [tasks[name] for name in state.started if tasks[name].script == task.script]
-    others = {other.function for other in started} - {task.function}
-    watched = task.function if task.alone else ""
-    case = Case(PRACTICE / task.script, task.script, watched, task.tests, tuple(sorted(others)))
+    case = case_of(task, tasks)
     warm_up(case)
-    passed, lines = judge(case)
-    if passed:
-        state = read_state()  # which may have changed meanwhile, as from another terminal
-        state.done = [*dict.fromkeys([*state.done, task.name])]
-        write_state(state)
-        show_lines("✓", task.name, ["is found" if task.symptom else "is right", *lines])
-        print(f"  Next: {advice(state, tasks)}", flush=True)
-        return 0
-    if task.symptom and lines[0].startswith("not yet") and state.hints.get(task.name, 0) < 2:
-        lines = ["is still there; the second hint lets check say more"]
-    show_lines("✗", task.name, lines)
-    return 1
+    verdict = judge(case)
+    if task.symptom:
+        verdict = of_a_mistake(task, verdict, state.hints.get(task.name, 0))
+    if not verdict.passed:
+        show_lines("✗", task.name, verdict.lines)
+        return 1
+    state = read_state()  # which may have changed meanwhile, as from another terminal
+    state.done = [*dict.fromkeys([*state.done, task.name])]
+    write_state(state)
+    lines = ["is found" if task.symptom else "is right", *verdict.lines]
+    show_lines("✓", task.name, lines)
+    print(f"  Next: {advice(state, tasks)}", flush=True)
+    return 0
+
+
+def of_a_mistake(task: Task, verdict: Verdict, hints: int) -> Verdict:
+    """Return the verdict on a mistake to find; what shows it is told after two hints only."""
+    if verdict.passed and is_planted(task):
+        return Verdict(False, ["is still there, although its tests pass; tell the authors"])
+    if hints < 2 and verdict.lines and verdict.lines[0].startswith("not yet"):
+        line = "is still there. Ask for two hints, and check shows a failing call."
+        return Verdict(verdict.passed, [line])
+    return verdict
 
 
 def watch(tasks: dict[str, Task]) -> None:
     """Check the current task whenever its file is saved or another task started, until Ctrl-C."""
-    seen: tuple[str, int] | None = None
+    seen = ("", 0)
     while True:
         state = read_state()
         task = tasks[state.current]
-        path = PRACTICE / task.script
-        now = (task.name, path.stat().st_mtime_ns) if path.exists() else seen
-        if now != seen:
+        now = (task.name, changed_at(copy_of(task)))
+        if now[1] and now != seen:
             seen = now
             check(task, state, tasks)
             warm_up_optimizers()
         time.sleep(0.1)
+
+
+def changed_at(path: Path) -> int:
+    """Return when a file was changed, in nanoseconds; 0 while an editor is renaming it."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def show_hint(task: Task, state: State) -> None:
@@ -122,8 +189,11 @@ def show_hint(task: Task, state: State) -> None:
 
 
 def show_solution(task: Task) -> None:
-    """Print the learner's function, and the script's."""
-    for path in (PRACTICE / task.script, SOURCES / task.script):
+    """Print the learner's function, if it can be read, and the script's."""
+    for path in (copy_of(task), SOURCES / task.script):
+        if is_broken(path):
+            print(f"{path.relative_to(ROOT)} isn't valid Python; `check` says where.\n")
+            continue
         source = read(path)
         lines = source.split("\n")[function_lines(source, task.function)]
         print(f"{path.relative_to(ROOT)}\n")
@@ -197,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refresh(state, tasks)
     if args.command == "start":
         rest = remaining(state, tasks) or list(tasks)
-        start(tasks[args.name or rest[0]], state, args.again)
+        start(tasks[args.name or rest[0]], state, tasks, args.again)
         return 0
     state.current = args.name or state.current
     if state.current not in state.started:

@@ -4,6 +4,7 @@ practice.py uses it. A function is found by its name, and a mistake by its exact
 """
 
 import ast
+import contextlib
 import symtable
 import textwrap
 import tomllib
@@ -66,6 +67,11 @@ def has(source: str, name: str) -> bool:
     return True
 
 
+def same_function(name: str, source: str, other: str) -> bool:
+    """Return whether a function is the same in two sources, but for comments and spaces."""
+    return ast.dump(find(ast.parse(source), name)) == ast.dump(find(ast.parse(other), name))
+
+
 def find_hole(source: str, task: Task) -> tuple[int, str]:
     """Return the number of the line to write, or else of the function, and its docstring."""
     function = find(ast.parse(source), task.function)
@@ -107,8 +113,6 @@ def fill(source: str, task: Task, body: str) -> str:
 
 def prepare(source: str, task: Task) -> str:
     """Return the source with the hole, or the mistake. The rest stays the same, byte for byte."""
-    if task.old and source.count(task.old) != 1:  # it was planted, or became a hole
-        return source
     if task.old:
         before, after = source.split(task.old)  # it occurs exactly once
         return before + task.new + after
@@ -150,5 +154,6 @@ def mend(path: Path, script: str, functions: Iterable[str]) -> ast.Module:
     tree = ast.parse(path.read_bytes(), str(path))
     other = ast.parse((SOURCES / script).read_bytes())
     for name in functions:
-        find(tree, name).body = find(other, name).body
+        with contextlib.suppress(OSError):  # the tests will tell if they need it
+            find(tree, name).body = find(other, name).body
     return tree

@@ -1,312 +1,56 @@
 """Run chosen tests on another copy of a script, and say in a few lines what fails first.
 
 practice.py uses it. The tests import the copy in place of the script, and every other script as it
-is. They run in a process of their own, with limits, so that no answer can harm the main process. On
-Linux it is forked from one that has imported everything already; elsewhere it starts afresh.
+is. They run in a process of their own (child.py), which sends plain data: first the names of the
+tests that are to run, before it has read the answer; then what these tests found. Here, in the
+main process, the names are compared, and explaining.py says what is wrong.
 """
 
+import builtins
 import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import math
-import multiprocessing
 import os
+import pdb
 import sys
-import textwrap
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import ModuleType, TracebackType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from exercises import child
+from exercises.child import FORK, forget_sources, limit_computing
+from exercises.explaining import explain
 from exercises.holes import ROOT, SOURCES, mend
+from exercises.reports import Call, Case, Comparison, Report, Verdict, outcome_of, plain, raised
 
-FORK = sys.platform == "linux"  # elsewhere the libraries do not all survive it
-SECONDS = 15 if FORK else 90  # including imports, unless it is forked
-MEMORY = 4 * 2**30  # bytes
+SECONDS = 15  # of computing, without the imports
+PATIENCE = 10  # times as many seconds on a clock
 WATCHED_CALLS = 30  # of a test
+USED = (builtins, math, np, np.testing, pytest, torch, torch.nn, torch.nn.functional, torch.testing)
+SETTINGS = (
+    "-c", "pyproject.toml", "-o", "addopts=", "--disable-plugin-autoload",
+    "-p", "no:cacheprovider",
+    "-p", "no:unraisableexception", "-p", "no:threadexception",  # they are slow
+)  # fmt: skip
+run_tests = pytest.main  # an answer may replace it
 
 
-class Case(NamedTuple):
-    """A function to judge: in the copy of a script, with some of the script's tests."""
-
-    path: Path  # of the copy
-    script: str  # that it is a copy of, by its path in src/
-    function: str  # its qualified name; empty if comparing calls is useless
-    tests: list[str]
-    others: tuple[str, ...] = ()  # functions that aren't judged; the reference's are used instead
-
-    @property
-    def test_file(self) -> Path:
-        """The file of the script's tests."""
-        return ROOT / f"tests/test_{self.path.stem.replace('-', '_')}.py"
-
-    @property
-    def module(self) -> str:
-        """The name by which the tests import the script."""
-        return self.script.removesuffix(".py").replace("/", ".")
-
-
-class Verdict(NamedTuple):
-    """Whether the tests pass, and the lines to print."""
-
-    passed: bool
-    lines: list[str]
-
-
-@dataclass
-class Call:
-    """A call of the function: its arguments and its outcome."""
-
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    outcome: object
-
-
-@dataclass
-class Watcher:
-    """A pytest plugin that records the calls of a function, and the first test that fails."""
-
-    test: str = ""
-    error: BaseException | None = None
-    calls: list[Call] = field(default_factory=list)
-    printed: str = ""
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Forget the calls of the previous test."""
-        self.calls.clear()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Record the first output."""
-        self.printed = self.printed or report.capstdout
-
-    def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo) -> None:
-        """Record the first failure."""
-        if self.error is None and call.excinfo:
-            self.test = node.name
-            self.error = call.excinfo.value
-            if isinstance(self.error, pytest.Collector.CollectError):
-                self.error = self.error.__cause__ or self.error
-
-    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that does the same and keeps its calls."""
-
-        @functools.wraps(function)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            call = None
-            if len(self.calls) < WATCHED_CALLS:
-                with contextlib.suppress(Exception):  # not everything can be copied
-                    call = Call(*copy.deepcopy((arguments, options)), None)
-                    self.calls.append(call)
-            outcome: object = None
-            try:
-                outcome = function(*arguments, **options)
-                return outcome
-            except BaseException as error:
-                outcome = error
-                raise
-            finally:
-                if call:
-                    call.outcome = outcome
-
-        return watched
-
-
-def load(name: str, path: Path, script: str, others: Iterable[str] = ()) -> ModuleType:
-    """Import a copy of a script as the module `name`. It looks for its data beside src/."""
-    module = sys.modules[name] = ModuleType(name)
-    module.__file__ = str(SOURCES / script)
-    exec(compile(mend(path, script, others), path, "exec"), vars(module))
-    if "." in name:  # as an import does
-        package, _, inside = name.rpartition(".")
-        setattr(importlib.import_module(package), inside, module)
-    return module
-
-
-def find(module: ModuleType, name: str) -> tuple[Any, Any]:
-    """Return the function with a qualified name, and the module or class it belongs to."""
-    *outer, last = name.split(".")
-    owner: Any = module
-    for part in outer:
-        owner = vars(owner)[part]
-    return vars(owner)[last], owner
-
-
-def describe(value: Any) -> str:
-    """Describe a value in one line: its numbers if there are few, else its type and shape."""
-    if isinstance(value, BaseException):
-        return f"raises {type(value).__name__}: {str(value).partition(chr(10))[0]}"
-    if isinstance(value, tuple | list) and len(value) <= 9:
-        inside = ", ".join(map(describe, value))
-        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
-    if hasattr(value, "numel"):
-        value = value.detach()  # without grad_fn
-        if value.numel() > 20:
-            return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
-    text = " ".join(repr(value).split())
-    return text if len(text) < 200 and " at 0x" not in text else type(value).__name__
-
-
-def difference(given: Any, wanted: Any) -> tuple[str, str] | None:
-    """Return what differs in two results, in words, or None if nothing does."""
-    texts = describe(given), describe(wanted)
-    if isinstance(given, Exception) and type(given) is type(wanted):
-        return None  # the wording may differ
-    if type(given) is not type(wanted) or callable(wanted):
-        return texts
-    if isinstance(wanted, tuple | list) and len(given) == len(wanted):
-        for n, pair in enumerate(zip(given, wanted, strict=True), start=1):
-            if found := difference(*pair):
-                return f"item {n}: {found[0]}", f"item {n}: {found[1]}"
-        return None
-    if hasattr(wanted, "numel"):
-        kinds = [f"{x.dtype} of shape {tuple(x.shape)}" for x in (given, wanted)]
-        if kinds[0] != kinds[1]:
-            return kinds[0], kinds[1]
-        a = given.flatten().tolist()
-        b = wanted.flatten().tolist()
-        wrong = [i for i in range(len(b)) if not close(a[i], b[i])]
-        if not wrong or len(b) <= 20:
-            return texts if wrong else None
-        place: list[int] = []
-        rest = wrong[0]
-        for size in reversed(wanted.shape):
-            rest, index = divmod(rest, size)
-            place.insert(0, index)
-        return (
-            f"{a[wrong[0]]:.4g} at {place}, and {len(wrong)} of {len(b)} numbers are wrong",
-            f"{b[wrong[0]]:.4g} at {place}",
-        )
-    if isinstance(wanted, float):
-        return None if close(given, wanted) else texts
-    return texts if given != wanted else None
-
-
-def close(a: Any, b: Any) -> bool:
-    """Tell whether two numbers are equal, except for rounding."""
-    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-5) or (a != a and b != b)
-
-
-def outcome_of(function: Callable[..., Any], call: Call) -> object:
-    """Return the outcome of the same call to another function."""
-    try:
-        return function(*copy.deepcopy(call.arguments), **copy.deepcopy(call.options))
-    except Exception as error:
-        return error
-
-
-def first_difference(case: Case, watcher: Watcher) -> Iterator[str]:
-    """Yield the first call with a wrong result: its arguments, its result, and the right one."""
-    calls = list(watcher.calls)
-    reference = load("reference", SOURCES / case.script, case.script)
-    for call in calls:
-        function, _ = find(reference, case.function)
-        wanted = outcome_of(function, call)
-        found = difference(call.outcome, wanted)
-        if found and not difference(outcome_of(function, call), wanted):  # nothing random
-            *_, name = case.function.split(".")
-            arguments = [describe(x) for x in call.arguments]
-            arguments += [f"{key}={describe(x)}" for key, x in call.options.items()]
-            yield from (f"called  {name}({', '.join(arguments)})", f"gave    {found[0]}")
-            yield f"wanted  {found[1]}"
-            return
-
-
-def place_of(error: BaseException | None, path: Path) -> str:
-    """Return the line of the file that an error last came through, or nothing."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f"{path.name}:{error.lineno}: {(error.text or '').strip()}"
-    frames = traceback.extract_tb(error.__traceback__ if error else None)
-    places = [f"{path.name}:{f.lineno}: {f.line}" for f in frames if f.filename == str(path)]
-    return places[-1] if places else ""
-
-
-def explain(case: Case, watcher: Watcher) -> Iterator[str]:
-    """Yield the lines that say what fails."""
-    error = watcher.error
-    place = place_of(error, case.path)
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, NotImplementedError) and place:
-        yield f"is still empty: {place}"
-    elif isinstance(error, MemoryError) or "allocate memory" in message:
-        yield f"asks for more than {MEMORY / 2**30:g} GiB of memory: {place}"
-    elif not watcher.test:
-        yield f"can't be imported: {message.splitlines()[0]}"
-        yield place
-    else:
-        sentence = watcher.test.partition("[")[0].removeprefix("test_").replace("_", " ")
-        yield f"not yet: {sentence}"
-        found = list(first_difference(case, watcher))
-        yield from found or message.strip().splitlines()[:8]
-        if place and not isinstance(error, AssertionError):
-            yield f"raised  {type(error).__name__} in {place}"
-
-
-def examine(case: Case, sender: Connection) -> None:
-    """Run the tests in this process, started for them, and send the verdict."""
-    with contextlib.suppress(ImportError, ValueError):  # not on Windows; or the limit is lower
-        import resource
-
-        highest = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, highest))
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(nothing, number)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    os.chdir(ROOT)
-    for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "")
-        of_a_room = SOURCES in file.parents and file.parent != Path(__file__).parent
-        if of_a_room or file.parent == ROOT / "tests":
-            del sys.modules[name]
-    watcher = Watcher()
-    status = 1
-    try:
-        module = load(case.module, case.path, case.script, case.others)
-        if case.function.partition(".")[0] not in ("", *vars(module)):
-            raise NameError(f"there is no {case.function} any more")
-        with contextlib.suppress(KeyError, TypeError):  # a function inside a function
-            function, owner = find(module, case.function)
-            setattr(owner, function.__name__, watcher.watch(function))
-        settings = ["-x", "-o", "addopts=", "-c", str(ROOT / "pyproject.toml")]
-        settings += ["--disable-plugin-autoload", "-p", "no:cacheprovider"]
-        settings += ["-p", "no:unraisableexception", "-p", "no:threadexception"]  # they are slow
-        tests = [f"{case.test_file}::{test}" for test in case.tests]
-        status = pytest.main([*settings, *tests], plugins=[watcher])
-    except BaseException as error:  # an answer may even raise SystemExit
-        watcher.error = error
-    lines = list(explain(case, watcher)) if watcher.error else []
-    if status and not lines:
-        lines = ["can't be imported by the tests: has a name been changed, or lost?"]
-    if watcher.printed:
-        lines.append(f"printed {watcher.printed.strip()!r}")
-    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
-    lines = [line for text in lines for line in textwrap.wrap(text, 96, max_lines=3)]
-    sender.send((status == 0, lines[:14]))
+class Waits(BaseException):
+    """An answer waits for a person, who can't reach it."""
 
 
 def judge(case: Case) -> Verdict:
-    """Run the tests in a process of their own, and stop it if it does not end."""
-    context: Any = multiprocessing.get_context("fork" if FORK else "spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=examine, args=(case, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if receiver.poll(SECONDS):
-            return Verdict(*receiver.recv())
-        return Verdict(False, [f"gave no answer in {SECONDS} s: is there a loop that never ends?"])
-    except EOFError:
-        process.join()
-        return Verdict(False, [f"ended the process of the tests, with status {process.exitcode}"])
-    finally:
-        process.kill()
-        process.join()
+    """Run the tests in a process of their own, and say what they found."""
+    ended = child.run(examine, case, seconds=SECONDS * PATIENCE)
+    return explain(case, ended, SECONDS)
 
 
 def warm_up(case: Case) -> None:
@@ -321,4 +65,233 @@ def warm_up(case: Case) -> None:
 def warm_up_optimizers() -> None:
     """Import what the first optimizer of a process would import, which takes seconds."""
     if FORK:
-        importlib.import_module("torch._dynamo")
+        importlib.import_module(child.SLOW)
+
+
+# In the process of the tests
+
+
+def examine(send: child.Send, case: Case) -> None:
+    """Send the names of the tests, run them on the copy, and send what they found."""
+    os.chdir(ROOT)
+    # Relative paths, since pytest reads a [ in a path as the beginning of a parameter.
+    file = case.test_file.relative_to(ROOT).as_posix()
+    settings = [*SETTINGS, *(f"{file}::{test}" for test in case.tests)]
+    names = Names()
+    run_tests(["--collect-only", *settings], plugins=[names])
+    send(names.names)
+    limit_computing(SECONDS)
+    forget_sources()
+    refuse_to_wait()
+    before = attributes(USED)
+    watcher = Watcher(case)
+    try:
+        module = load(case.module, case.path, case.script, case.others)
+        watcher.watch(module)
+        sys.modules.pop(case.test_file.stem, None)  # an answer may have imported it
+        run_tests(["-x", *settings], plugins=[watcher])
+    except BaseException as error:  # an answer may even raise SystemExit
+        watcher.report.error = raised(error, case.path)
+    watcher.add_wanted()
+    watcher.report.replaced = replaced(before) + replaced(watcher.tests)
+    send(watcher.report)
+
+
+def name_of(node: str) -> str:
+    """Return the name of a test, with its parameters, without its file."""
+    return node.partition("::")[2]
+
+
+class Names:
+    """A pytest plugin that keeps the names of the tests."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Keep the names of the tests, with their parameters."""
+        self.names = [name_of(item.nodeid) for item in session.items]
+
+
+class Watcher:
+    """A pytest plugin that reports what passes, and why the first test fails that does."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.report = Report()
+        self.recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # arguments
+        self.tests: dict[tuple[str, str], Any] = {}  # what the tests' own module holds
+
+    def watch(self, module: ModuleType) -> None:
+        """Record the calls of the function in a module. Raises NameError if it isn't there."""
+        if not self.case.function:
+            return
+        function, owner = find(module, self.case.function)
+        if function is None:
+            raise NameError(f"there is no {self.case.function} any more")
+        if inspect.isfunction(function) and not inspect.isgeneratorfunction(function):
+            setattr(owner, function.__name__, self.watched(function))
+
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that does the same and keeps its calls."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            recorded = None
+            if len(self.recorded) < WATCHED_CALLS:
+                with contextlib.suppress(Exception):  # not everything can be copied
+                    self.recorded.append(copy.deepcopy((arguments, options)))
+                    recorded = Call(named(function, arguments, options), None)
+                    self.report.calls.append(recorded)
+            outcome: object = None
+            try:
+                outcome = function(*arguments, **options)
+                return outcome
+            except BaseException as error:
+                outcome = error
+                raise
+            finally:
+                if recorded:
+                    recorded.outcome = plain(outcome)
+
+        return call
+
+    def add_wanted(self) -> None:
+        """Add the reference's outcome to the calls."""
+        if not self.recorded or not self.report.error:
+            self.report.calls.clear()
+            return
+        reference = load("reference", SOURCES / self.case.script, self.case.script)
+        function, _ = find(reference, self.case.function)
+        for recorded, call in zip(self.recorded, self.report.calls, strict=True):
+            for field in ("wanted", "wanted_again"):
+                arguments, options = copy.deepcopy(recorded)
+                setattr(call, field, outcome_of(function, *arguments, **options))
+
+    def pytest_sessionstart(self) -> None:
+        """Refuse again, since pytest has a debugger of its own."""
+        refuse_to_wait()
+
+    def pytest_collection_finish(self) -> None:
+        """Keep what the tests' own module holds."""
+        module = sys.modules.get(self.case.test_file.stem)
+        self.tests = attributes([module] if module else [])
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Forget the calls of the previous test."""
+        self.recorded.clear()
+        self.report.calls.clear()
+        self.report.comparison = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note what a test came to."""
+        name = name_of(report.nodeid)
+        if report.skipped or hasattr(report, "wasxfail"):
+            self.report.skipped.append(name)
+        elif report.when == "call" and report.passed:
+            self.report.passed.append(name)
+        self.report.printed = self.report.printed or report.capstdout.strip()
+
+    def pytest_assertrepr_compare(self, op: str, left: object, right: object) -> None:
+        """Note the values of a comparison that fails."""
+        self.report.comparison = Comparison(plain(left), op, plain(right))
+
+    def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[None]) -> None:
+        """Note the first failure."""
+        if self.report.error is None and call.excinfo:
+            error = call.excinfo.value
+            if isinstance(error, pytest.Collector.CollectError):
+                error = error.__cause__ or error
+            else:
+                self.report.failed = name_of(node.nodeid)
+            self.note(error)
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Note what ended the tests: KeyboardInterrupt, or pytest.exit."""
+        self.note(excinfo.value)
+
+    def note(self, error: BaseException) -> None:
+        """Report an error, and the two values if it is of a function that compares them."""
+        self.report.error = raised(error, self.case.path)
+        for frame, _ in walk(error.__traceback__):
+            if frame.f_code.co_name in ("assert_close", "assert_allclose", "assert_array_equal"):
+                values = frame.f_locals
+                wanted = values.get("expected", values.get("desired"))
+                self.report.comparison = Comparison(plain(values["actual"]), "==", plain(wanted))
+                return
+
+
+def walk(trace: TracebackType | None) -> Iterator[tuple[Any, int]]:
+    """Yield the frames of a traceback, and their lines."""
+    while trace:
+        yield trace.tb_frame, trace.tb_lineno
+        trace = trace.tb_next
+
+
+def named(
+    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, object]:
+    """Return the arguments of a call by their names, as plain data."""
+    bound = inspect.signature(function).bind(*arguments, **options)
+    return {name: plain(value) for name, value in bound.arguments.items() if name != "self"}
+
+
+def load(name: str, path: Path, script: str, others: Iterable[str] = ()) -> ModuleType:
+    """Import a copy of a script as the module `name`. It looks for its data beside src/."""
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(SOURCES / script)
+    exec(compile(mend(path, script, others), path, "exec"), vars(module))
+    if "." in name:  # as an import does
+        package, _, inside = name.rpartition(".")
+        setattr(importlib.import_module(package), inside, module)
+    return module
+
+
+def find(module: ModuleType, name: str) -> tuple[Any, Any]:
+    """Return the function with a qualified name, or None, and the module or class it belongs to."""
+    *outer, last = name.split(".")
+    owner: Any = module
+    for part in outer:
+        owner = vars(owner).get(part, ModuleType(part))
+    return vars(owner).get(last), owner
+
+
+def refuse_to_wait() -> None:
+    """Let what waits for a person raise an error that says so."""
+    builtins.input = ask
+    sys.breakpointhook = stop
+    pdb.set_trace = trace  # type: ignore[assignment]
+
+
+def ask(*_: object) -> str:
+    """Stand for input()."""
+    raise Waits("input()")
+
+
+def stop(*_: object, **__: object) -> None:
+    """Stand for breakpoint()."""
+    raise Waits("breakpoint()")
+
+
+def trace(*_: object, **__: object) -> None:
+    """Stand for pdb.set_trace()."""
+    raise Waits("pdb.set_trace()")
+
+
+def attributes(modules: Iterable[ModuleType]) -> dict[tuple[str, str], Any]:
+    """Return the functions and classes of modules, by the names of both."""
+    return {
+        (module.__name__, name): value
+        for module in modules
+        for name, value in vars(module).items()
+        if callable(value)
+    }
+
+
+def replaced(before: dict[tuple[str, str], Any]) -> list[str]:
+    """Return the names of the functions and classes that are others than before."""
+    return [
+        f"{module}.{name}"
+        for (module, name), value in before.items()
+        if vars(sys.modules[module]).get(name) is not value
+    ]

@@ -1,10 +1,13 @@
 """Small runs that show a mistake at work: practice.py tells a mistake by the numbers they return.
 
-Each takes the module that a mistake may be in, imported from a folder that has all scripts, and
-takes a few seconds. exercises.toml names it as the `trial` of a mistake, and has the names of its
-numbers in the `symptom`: {loss} with the mistake, {right.loss} without.
+`run` calls one in a process of its own. Each takes the module that a mistake may be in, imported
+from a folder that has all scripts, and takes a few seconds. exercises.toml names it as the `trial`
+of a mistake, and has the names of its numbers in the `symptom`: {loss} with the mistake,
+{right.loss} without.
 """
 
+import importlib
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,8 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exercises import child
+
+SECONDS = 120  # of a clock
 Numbers = dict[str, Any]  # numbers and texts, by the names that a symptom has for them
 SAMPLE = Path(__file__).resolve().parents[2] / "data/fashion-mnist-sample"
+
+
+def run(trial: str, name: str, folder: Path) -> Numbers:
+    """Return what a trial finds out about the module `name` of a folder of scripts.
+
+    Raises OSError if it doesn't end, or is ended.
+    """
+    ended = child.run(try_out, trial, name, folder, seconds=SECONDS)
+    if ended.late or not ended.sent:
+        raise OSError(f"the small run had no end in {SECONDS} s; is the machine busy? Try again")
+    numbers: Numbers = ended.sent[0]
+    return numbers
+
+
+def try_out(send: child.Send, trial: str, name: str, folder: Path) -> None:
+    """Send what a trial finds out."""
+    torch.set_num_threads(1)
+    child.forget_sources()
+    sys.path.insert(0, str(folder))
+    send(vars(sys.modules[__name__])[trial](importlib.import_module(name)))
 
 
 def tell(symptom: str, wrong: Numbers, right: Numbers) -> str:
@@ -95,7 +121,7 @@ def one_head(attention: ModuleType) -> Numbers:
     return {"exact": attention.share_exact(model, count=500)}
 
 
-def short_training(transformer: ModuleType) -> Numbers:
+def short_training(transformer: Any) -> Numbers:
     """Train a small network on dates for 60 steps; return its loss, and an answer."""
     days, validation_days, test_days = transformer.split_days()
     transformer.split_days = lambda: (days, validation_days[:20], test_days)
