@@ -78,7 +78,9 @@ def empty(task: Task, state: State, tasks: dict[str, Task], again: bool) -> None
     """Put a hole in the place of a function in the copy, and keep the copy if it was changed."""
     path = copy_of(task)
     reference = read(SOURCES / task.script)
-    if again and is_broken(path):
+    if is_broken(path) and not again:
+        raise OSError(f"fix {path} first, or start over: `start {task.name} --again` keeps it")
+    if is_broken(path):
         begin_again(task, state, tasks)
     copy = read(path)
     touched = copy.split("\n")[function_lines(copy, task.function)]

@@ -2,15 +2,17 @@ import ast
 import os
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import practice
-from exercises import copies, holes, judge
+from exercises import child, copies, differences, explaining, holes, judge, reports, trials
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = holes.read_tasks()
@@ -155,9 +157,10 @@ def test_the_first_call_that_differs_is_told(tmp_path):
     assert not passed
     assert lines == [
         "not yet: masks are true where a query may attend",
-        "called  causal_mask(3)",
-        "gave    tensor([[ True, True, True], [False, True, True], [False, False, True]])",
-        "wanted  tensor([[ True, False, False], [ True, True, False], [ True, True, True]])",
+        "called  causal_mask(T=3)",
+        "gave    [[True, True, True], [False, True, True], [False, False, True]]",
+        "wanted  [[True, False, False], [True, True, False], [True, True, True]]",
+        "so      it is transposed: dimensions 0 and 1 are swapped",
     ]
 
 
@@ -165,15 +168,28 @@ def test_the_first_call_that_differs_is_told(tmp_path):
     ("body", "expected"),
     [
         ("raise NotImplementedError", r"is still empty: attention.py:\d+: raise NotImpl"),
-        ("return None", r"gave    None\nwanted  tensor"),
-        ("return torch.ones(T).bool()", r"gave    torch.bool of shape \(3,\)\nwanted .*\(3, 3\)$"),
-        ("return torch.ones(T, T)", r"gave    torch.float32 of shape .*\nwanted  torch.bool of"),
+        ("return None", r"gave    None\nwanted  .*\nso      it is None, and should be a tensor$"),
+        ("return torch.ones(T).bool()", r"shape \(3,\)\nwanted .*\nso .* has 1 dimensions, not 2$"),
+        (
+            "return torch.ones(T, T).tril()",
+            r"gave .* float32\n.*\nso .* is float32, and .* be bool",
+        ),
         ("return 1 / 0", r"gave    raises ZeroDivisionError: .*\n(.*\n)*raised .*: return 1 / 0"),
         ("return causal_mask(T)", r"gave    raises RecursionError"),
-        ("return input()", r"gave    raises (OSError|EOFError)"),
-        ("raise SystemExit(7)", r"gave    raises SystemExit: 7"),
-        ("import os; os._exit(7)", r"^ended the process of the tests, with status 7$"),
-        ("import os; os.abort()", r"^ended the process of the tests, with status -6$"),
+        ("return input()", r"^waits for a person at input\(\), .*: attention.py:\d+: return input"),
+        ("breakpoint()", r"^waits for a person at breakpoint\(\)"),
+        ("import pdb; pdb.set_trace()", r"^waits for a person at pdb.set_trace\(\)"),
+        ("import sys; return sys.stdin.read()", r"^reads from the keyboard"),
+        ("raise SystemExit(7)", r"^ended the tests with SystemExit\(7\): attention.py:\d+: raise"),
+        ("raise KeyboardInterrupt", r"^raised KeyboardInterrupt, as Ctrl-C does: attention.py"),
+        ("import os; os._exit(7)", r"^ended the tests with status 7: does it call exit\?$"),
+        ("import os; os._exit(0)", r"^ended the tests with status 0"),
+        ("import os; os.abort()", r"^ended the tests by the signal SIGABRT$"),
+        ("import os; os.kill(os.getppid(), 9)", r"^ended the process that started it"),
+        ("import pytest; pytest.skip()", r"^skipped a test, .*: masks are true where a query may"),
+        ("import pytest; pytest.xfail()", r"^skipped a test"),
+        ("import unittest; raise unittest.SkipTest", r"^skipped a test"),
+        ("import pytest; pytest.exit('', 0)", r"^ended the tests with pytest.exit"),
         ("return (", r"^can't be imported: SyntaxError: .*\nattention.py:\d+: return \($"),
         ("return torch.ones(10**9, 10**4)", r"^asks for more than 4 GiB of memory: attention"),
         ("return [bytes(2**30) for i in range(T * 9)]", r"^asks for more than 4 GiB of memory: "),
@@ -191,8 +207,46 @@ def test_trouble_of_every_kind_is_told_in_a_few_lines(body, expected, tmp_path):
 
 def test_an_answer_that_never_ends_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "SECONDS", 2)
-    passed, lines = verdict_of("mask", "while True: pass", tmp_path)
-    assert (passed, lines) == (False, ["gave no answer in 2 s: is there a loop that never ends?"])
+    _, lines = verdict_of("mask", "while True: pass", tmp_path)
+    assert lines == ["computed for 2 s without an end: is there a loop that never ends?"]
+    monkeypatch.setattr(judge, "PATIENCE", 5)
+    _, lines = verdict_of("mask", "import time; time.sleep(99)", tmp_path)
+    assert lines == ["gave no answer in time: does it wait for something, or is the machine busy?"]
+
+
+RIGHT = "return torch.ones(T, T, dtype=torch.bool, device=device).tril()"
+SPEAK = """
+import gc, pickle
+for x in gc.get_objects():
+    if type(x).__name__ == "Connection" and x.writable:
+        x.send_bytes(pickle.dumps(("sent", (True, []))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (SPEAK, "sent a verdict of its own"),
+        ("import pytest; pytest.approx = lambda *_: T", "replaced pytest.approx, which the tests"),
+        ("torch.allclose = lambda *_: True", "replaced torch.allclose"),
+        ("import test_attention as t; t.attention_by_loops = print", "replaced test_attention.att"),
+        ("import os\nif os.fork() == 0: os.execlp('sleep', 'sleep', '60')", "started processes"),
+        ("import os; os.fork()", "started processes"),
+    ],
+)
+def test_a_right_answer_that_meddles_is_refused(before, expected, tmp_path):
+    passed, lines = verdict_of("mask", f"{before}\n{RIGHT}", tmp_path)
+    assert not passed
+    assert lines[0].startswith(expected)
+
+
+def test_a_test_that_did_not_run_has_not_passed():
+    report = reports.Report(passed=["test_a"])
+    ended = child.Ended([["test_a", "test_b[3-x]"], report], status=0)
+    passed, lines = explaining.explain(None, ended, 15)
+    assert (passed, lines) == (False, ["kept a test from running: b"])
+    report.passed.append("test_b[3-x]")
+    assert explaining.explain(None, ended, 15) == (True, [])
 
 
 def test_a_right_answer_that_prints_is_right_and_told_so(tmp_path):
@@ -202,19 +256,59 @@ def test_a_right_answer_that_prints_is_right_and_told_so(tmp_path):
     assert lines == ["printed '3'"]
 
 
+TABLE = torch.arange(12.0).view(3, 4) - 3
+WAVES = TABLE.sin()
+
+
 @pytest.mark.parametrize(
     ("given", "wanted", "expected"),
     [
         (1.0, 1.0 + 1e-9, None),
-        ((1, [2, 3]), (1, [2, 4]), ("item 2: item 2: 3", "item 2: item 2: 4")),
-        (1, True, ("1", "True")),
+        ((1, [2, 3]), (1, [2, 4]), ("item 2: item 2: 3", "item 2: item 2: 4", "")),
+        (1, True, ("1", "True", "it is a int, and should be a bool")),
+        ((1,), [1], ("(1)", "[1]", "it is a tuple, and should be a list")),
         (ValueError("a"), ValueError("b"), None),
-        (ValueError("a"), 3, ("raises ValueError: a", "3")),
-        (object(), 3, ("object", "3")),
+        (UnicodeError("a"), ValueError("b"), None),
+        (ValueError("a"), 3, ("raises ValueError: a", "3", "")),
+        (object(), 3, ("a object", "3", "it is a object, and should be a int")),
+        (0.5, 1.0, ("0.5", "1", "it is 1/2 of what it should be")),
+        (5000, 5001, ("5000", "5001", "")),
     ],
 )
 def test_results_differ_in_words(given, wanted, expected):
-    assert judge.difference(given, wanted) == expected
+    found = differences.difference(reports.plain(given), reports.plain(wanted))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "expected"),
+    [
+        (TABLE, TABLE + 1e-7, None),
+        (TABLE.T, TABLE, "the last two dimensions are swapped"),
+        (TABLE[:, :3].T, TABLE[:, :3], "it is transposed: dimensions 0 and 1 are swapped"),
+        (TABLE.flatten(), TABLE, "the numbers are right, the shape is not"),
+        (TABLE / 3, TABLE, "each number is 1/3 of what it should be"),
+        (TABLE * 2**0.5, TABLE, "each number is 1.414 times what it should be: √2"),
+        (-TABLE, TABLE, "each number has the opposite sign"),
+        (TABLE + 2, TABLE, "each number is too large by 2"),
+        (WAVES.roll(1, 0), WAVES, "along dimension 0, everything stands one place too late"),
+        (WAVES.roll(-1, 1), WAVES, "along dimension 1, everything stands one place too early"),
+        (TABLE.flip(1), TABLE, "it is reversed along dimension 1"),
+        (TABLE[[1, 0, 2]], TABLE, "the numbers are right, but stand in other places"),
+        (WAVES.softmax(0), WAVES.softmax(1), "it sums to 1 over dimension 0; it should over "
+         "dimension 1"),
+        (TABLE > 0, TABLE <= 0, "True and False are swapped"),
+        (TABLE.log(), TABLE, "there is a NaN"),
+        (TABLE.double(), TABLE, "its dtype is float64, and should be float32"),
+        (TABLE.int(), TABLE.int() + torch.eye(3, 4).int(), "3 of 12 numbers are wrong"),
+        (TABLE, TABLE.clone().requires_grad_(), "its numbers are right, but nothing can learn from "
+         "them: has it been detached, or computed without gradients?"),
+        (torch.tensor([5000, 7]), torch.tensor([5001, 7]), "1 of 2 numbers is wrong"),
+    ],
+)  # fmt: skip
+def test_tensors_differ_in_words(given, wanted, expected):
+    found = differences.difference(reports.plain(given), reports.plain(wanted))
+    assert (found and found.how) == expected
 
 
 # As a person uses it
@@ -415,21 +509,59 @@ def test_a_folder_from_before_the_rooms_is_carried_over(run, place):
 
 
 def test_a_mistake_is_planted_and_found(run, place):
+    run("start", "mask")
+    mine = write_answer(place, "mask", "return 'mine'").read_bytes()
     _, out = run("start", "bug-5")
-    assert " ".join(TASKS["bug-5"].symptom.split()) in " ".join(out.split())
+    assert "a word may look at 6 of the six places, and padding may look at 0" in " ".join(
+        out.split()
+    )
+    assert "practice/bug-5/attention.py has a mistake" in out
     assert not any(test in out for test in TASKS["bug-5"].tests)
-    path = place / "practice/attention.py"
-    assert TASKS["bug-5"].new in path.read_text()
+    path = place / "practice/bug-5/attention.py"
+    assert path.read_text() == holes.prepare(reference(TASKS["bug-5"]), TASKS["bug-5"])
+    assert (place / "practice/bug-5/inputs/text.py").exists()
     status, out = run("check")
-    assert (status, out) == (1, "✗ bug-5 is still there; the second hint lets check say more\n")
+    line = "✗ bug-5 is still there. Ask for two hints, and check shows a failing call.\n"
+    assert (status, out) == (1, line)
     run("hint")
     run("hint")
     assert "called  padding_mask" in run("check")[1]
+    before = path.read_bytes()
+    assert "look at 6 of the six" in " ".join(run("start", "bug-5")[1].split())
+    assert path.read_bytes() == before
     path.write_text(path.read_text().replace("(tokens != pad).unsqueeze(2)", "tokens != pad"))
     assert run("check")[0] == 1
     path.write_text(path.read_text().replace("tokens != pad\n", "tokens.ne(pad)[:, None]\n"))
     status, out = run("check")
     assert (status, out.splitlines()[0]) == (0, "✓ bug-5 is found")
+    assert (place / "practice/attention.py").read_bytes() == mine
+    found = path.read_bytes()
+    assert "kept as practice/bug-5.1" in run("start", "bug-5", "--again")[1]
+    assert (place / "practice/bug-5.1/attention.py").read_bytes() == found
+    assert path.read_bytes() == before
+
+
+def test_a_mistake_that_is_still_there_is_not_found(run, monkeypatch):
+    """Even if its tests pass."""
+    run("start", "bug-5")
+    monkeypatch.setattr(practice, "judge", lambda _: reports.Verdict(True, []))
+    status, out = run("check")
+    assert (status, out.startswith("✗ bug-5 is still there")) == (1, True)
+    assert copies.read_state().done == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.symptom])
+def test_a_symptom_can_be_seen(name, place, monkeypatch):
+    task = TASKS[name]
+    copies.plant(task)
+    module = task.script.removesuffix(".py").replace("/", ".")
+    wrong = trials.run(task.trial, module, copies.copy_of(task).parents[task.script.count("/")])
+    right = trials.run(task.trial, module, ROOT / "src")
+    text = trials.tell(task.symptom, wrong, right)
+    print(text)
+    assert text != trials.tell(task.symptom, right, right)
+    assert not re.search("[{}]", text)
 
 
 def test_it_checks_at_each_save(run, place, monkeypatch, capsys):
@@ -477,7 +609,7 @@ def test_a_mistake_is_planted_in_a_clone_with_carriage_returns(run, place):
     path = place / "src" / task.script
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     run("start", task.name)
-    assert task.new in (place / "practice" / task.script).read_text(encoding="utf-8")
+    assert task.new in (place / "practice/bug-7" / task.script).read_text(encoding="utf-8")
 
 
 def test_a_pipe_is_no_copy_and_is_not_waited_for(run, place):
@@ -491,13 +623,84 @@ def test_a_pipe_is_no_copy_and_is_not_waited_for(run, place):
     assert run()[0] == 0
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"x": 1}', "[]"])
+BROKEN = [
+    "", "{", "[]", "null", "7", "[" * 100_000, '{"x": 1}', '{"done": 7}', '{"done": [7]}',
+    '{"started": null}', '{"started": "mask"}', '{"current": 7}', '{"hints": []}',
+    '{"hints": {"mask": "1"}}', '{"hints": {"mask": true}}', '{"hashes": {"a": 1}}', "\xff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_state_is_named(content, run, place):
     (place / "practice").mkdir()
-    (place / "practice/state.json").write_text(content)
+    (place / "practice/state.json").write_text(content, encoding="latin-1")
     status, out = run()
     assert (status, out.count("\n")) == (1, 1)
-    assert str(place / "practice/state.json") in out
+    assert f"{place / 'practice/state.json'} is broken" in out
+
+
+def test_without_its_state_nothing_is_lost_and_nothing_untrue_is_said(run, place):
+    run("start", "padding")
+    run("start", "bug-5")
+    run("start", "mask")
+    path = write_answer(place, "mask", ANSWERS["mask"]["right"][0])
+    mine = path.read_bytes()
+    (place / "practice/state.json").unlink()
+    status, out = run("check", "mask")
+    assert (status, "has changed" in out, "✓ mask is right" in out) == (0, False, True)
+    assert out.startswith("practice/state.json is missing, so a new record begins.")
+    assert path.read_bytes() == mine
+    assert copies.read_state().started == ["mask", "padding", "bug-5"]
+    assert not list((place / "practice").glob("*.1*"))
+    assert "missing" not in run("check", "padding")[1]
+
+
+def test_a_broken_copy_is_started_over_and_kept(run, place):
+    run("start", "padding")
+    run("start", "mask")
+    path = place / "practice/attention.py"
+    broken = path.read_text().replace("def causal_mask", "def causal mask")
+    path.write_text(broken)
+    status, out = run("start", "split")
+    assert (status, out.count("\n"), "start split --again" in out) == (1, 1, True)
+    status, out = run("solution", "mask")
+    assert (status, "isn't valid Python" in out, out.count("def causal_mask(")) == (0, True, 1)
+    status, out = run("start", "mask", "--again")
+    assert (status, "It is kept as attention.1.py" in out) == (0, True)
+    assert (place / "practice/attention.1.py").read_text() == broken
+    for name in ("mask", "padding"):
+        assert f'NotImplementedError("write {name} here")' in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"#!/usr/bin", b"\xef\xbb\xbf#!/usr/bin"), (b"\n", b"\r\n")],
+    ids=["byte-order mark", "carriage returns"],
+)
+def test_a_copy_may_have_a_mark_or_carriage_returns(old, new, run, place):
+    run("start", "mask")
+    path = write_answer(place, "mask", ANSWERS["mask"]["right"][0])
+    path.write_bytes(path.read_bytes().replace(old, new))
+    assert run("check")[0] == 0
+    assert run("start", "padding")[0] == 0
+    assert run("check", "mask")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_folder_may_have_brackets(tmp_path):
+    clone = tmp_path / "proj [1]"
+    for name in ("src", "tests", "docs"):
+        shutil.copytree(ROOT / name, clone / name)
+    shutil.copy(ROOT / "pyproject.toml", clone)
+
+    def practice(*arguments):
+        command = [sys.executable, "src/practice.py", *arguments]
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    practice("start", "mask")
+    write_answer(clone, "mask", ANSWERS["mask"]["right"][0])
+    assert practice("check").startswith("✓ mask is right\n")
 
 
 def test_a_copy_that_does_not_parse_or_lacks_the_function_is_said(run, place):

@@ -173,6 +173,12 @@ def in_shape(table: Table) -> str:
     return text if "shape" in text else f"{text}, shape {table.shape}"
 
 
+def in_dtype(table: Table) -> str:
+    """Describe a tensor, with its dtype."""
+    text = describe(table)
+    return text if "dtype" in text else f"{text}, dtype {table.dtype}"
+
+
 def shape_change(given: Table, wanted: Table) -> str:
     """Say how two shapes differ, if the numbers are the same or the shapes are alike."""
     a = given.numbers
@@ -230,7 +236,7 @@ def changes(given: Tensor, wanted: Tensor) -> Iterator[str]:
     if given.dtype.is_floating_point:
         yield from other_axis(given, wanted)
     if given.dtype != torch.bool:
-        yield from sums_and_products(given.double(), wanted.double())
+        yield from sums_and_products(given, wanted)
 
 
 def moves(given: Tensor, wanted: Tensor) -> Iterator[str]:
@@ -248,11 +254,11 @@ def moves(given: Tensor, wanted: Tensor) -> Iterator[str]:
             continue
         if same(given, wanted.flip(axis)).all():
             yield f"it is reversed along dimension {axis}"
-        for back, direction in ((False, "later"), (True, "earlier")):
+        for back, direction in ((False, "late"), (True, "early")):
             a = given.narrow(axis, 0 if back else 1, size - 1)
             b = wanted.narrow(axis, 1 if back else 0, size - 1)
             if size > 2 and same(a, b).all():
-                yield f"it is shifted by one along dimension {axis}, to one place {direction}"
+                yield f"along dimension {axis}, everything stands one place too {direction}"
     if same(given.flatten().sort().values, wanted.flatten().sort().values).all():
         yield "the numbers are right, but stand in other places"
 
@@ -276,14 +282,22 @@ def sums_and_products(given: Tensor, wanted: Tensor) -> Iterator[str]:
     """Yield by what all numbers were multiplied, or what was added to them."""
     if given.numel() == 1:
         return
+    whole = not given.dtype.is_floating_point  # then nothing was rounded
+    given = given.double()
+    wanted = wanted.double()
     largest = wanted.abs().argmax()
-    if wanted.flatten()[largest] != 0:
-        factor = (given.flatten()[largest] / wanted.flatten()[largest]).item()
-        if math.isfinite(factor) and same(given, factor * wanted).all():
-            yield product(factor)
+    factor = (given.flatten()[largest] / wanted.flatten()[largest]).item()
+    products = wanted * factor
+    if math.isfinite(factor) and all_equal(given, products, whole):
+        yield product(factor)
     offset = (given - wanted).flatten()[0].item()
-    if math.isfinite(offset) and same(given, wanted + offset).all():
+    if math.isfinite(offset) and all_equal(given, wanted + offset, whole):
         yield f"each number is too {'large' if offset > 0 else 'small'} by {abs(offset):.4g}"
+
+
+def all_equal(a: Tensor, b: Tensor, whole: bool) -> bool:
+    """Return whether two tensors are equal: whole numbers exactly, others but for rounding."""
+    return torch.equal(a, b) if whole else bool(same(a, b).all())
 
 
 def product(factor: float) -> str:

@@ -50,9 +50,9 @@ def how_it_ended(ended: Ended, seconds: float) -> Iterator[str]:
     elif sys.platform != "win32" and ended.status == -signal.SIGXCPU:
         yield f"computed for {seconds:g} s without an end: is there a loop that never ends?"
     elif ended.status < 0:
-        yield f"ended the process of the tests by the signal {signal.Signals(-ended.status).name}"
+        yield f"ended the tests by the signal {signal.Signals(-ended.status).name}"
     elif ended.status or len(ended.sent) < 2:
-        yield f"ended the process of the tests, with status {ended.status}"
+        yield f"ended the tests with status {ended.status}: does it call exit?"
     elif len(ended.sent) > 2 or not isinstance(ended.sent[1], Report):
         yield "sent a verdict of its own; only the tests may"
     elif ended.left_processes:
