@@ -289,9 +289,13 @@ def attributes(modules: Iterable[ModuleType]) -> dict[tuple[str, str], Any]:
 
 
 def replaced(before: dict[tuple[str, str], Any]) -> list[str]:
-    """Return the names of the functions and classes that are others than before."""
-    return [
-        f"{module}.{name}"
-        for (module, name), value in before.items()
-        if vars(sys.modules[module]).get(name) is not value
-    ]
+    """Return the names of the functions and classes that are others than before.
+
+    A wrapper is none: PyTorch itself wraps `torch.manual_seed` when torch._dynamo is imported.
+    """
+    found = []
+    for (module, name), old in before.items():
+        new = vars(sys.modules[module]).get(name)
+        if new is not old and inspect.unwrap(new) is not inspect.unwrap(old):
+            found.append(f"{module}.{name}")
+    return found
