@@ -82,8 +82,8 @@ def receive(receiver: Connection, process: BaseProcess, deadline: float, ended: 
 
 
 def goes_on(process: BaseProcess) -> bool:
-    """Return whether a process that has ended left others that don't end within a second."""
-    for _ in range(50):
+    """Return whether a process that has ended left others that don't end within ten seconds."""
+    for _ in range(500):
         try:
             os.killpg(process.pid or 0, 0)
         except ProcessLookupError:

@@ -295,7 +295,7 @@ def replaced(before: dict[tuple[str, str], Any]) -> list[str]:
     """
     found = []
     for (module, name), old in before.items():
-        new = vars(sys.modules[module]).get(name)
+        new: Any = vars(sys.modules[module]).get(name)
         if new is not old and inspect.unwrap(new) is not inspect.unwrap(old):
             found.append(f"{module}.{name}")
     return found
