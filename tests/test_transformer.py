@@ -293,7 +293,16 @@ def test_the_vocabulary_knows_every_character(pairs, vocabulary):
     assert sorted(vocabulary.values()) == list(range(4, 4 + len(vocabulary)))
     for split in pairs:
         assert {c for text, iso in split for c in T.normalize(text) + iso} <= vocabulary.keys()
-    assert T.encode(" 1É☃.", {"1": 4, "e": 5}).tolist() == [4, 5, T.UNKNOWN, T.EOS]
+
+
+def test_a_text_becomes_tokens():
+    vocabulary = {"1": 4, "e": 5, "2": 6}
+    assert T.encode("12", vocabulary).tolist() == [4, 6, T.EOS]
+    assert T.encode(" 1É☃.", vocabulary).tolist() == [4, 5, T.UNKNOWN, T.EOS]
+    long = T.encode("21" * 30, vocabulary)
+    assert long.tolist() == [6, 4] * 30 + [T.EOS]
+    assert long.dtype == torch.int64
+    assert T.encode("", vocabulary).tolist() == [T.EOS]
 
 
 def test_a_batch_has_its_marks_and_padding():
