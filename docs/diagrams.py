@@ -13,8 +13,10 @@ import importlib
 import io
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,10 +33,19 @@ hello = importlib.import_module("pytorch-hello")
 fashion = importlib.import_module("fashion-mnist")
 attention = importlib.import_module("attention")
 transformer = importlib.import_module("transformer")
+gpt = importlib.import_module("gpt")
+coder = importlib.import_module("decoding.coder")
 
 MIDDLE = WIDTH // 2
 PEOPLE = {"Zhang": "Aston", "Lipton": "Zachary", "Li": "Mu", "Smola": "Alex"}  # as in d2l.ai
 FIRST = {"a": 0.5, "the": 0.4, "one": 0.1}  # probabilities of a first word, and of a second
+CODED = {  # what may come next, with its probability; the first of these words, then the second, …
+    "for": {"def": 0.4, "for": 0.25, "if": 0.35},
+    " i": {" line": 0.5, " i": 0.125, " x": 0.375},
+    " in": {" in": 0.8, ",": 0.2},
+}
+WORDS = ("the", "then", "that")  # of which byte-pair encoding learns
+QUERY, KEY = (2.0, 0.0), (1.0, 1.0)  # that are turned by their positions
 SECOND = {"a": {"dog": 0.4, "cat": 0.35, "bird": 0.25}, "the": {"dog": 0.9, "cat": 0.1}}
 
 
@@ -449,6 +460,120 @@ def shapes() -> Drawing:
     return d
 
 
+def merge(word: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    """Join a pair of tokens wherever it stands in a word."""
+    joined: list[str] = []
+    for token in word:
+        if joined and (joined[-1], token) == pair:
+            joined[-1] += token
+        else:
+            joined.append(token)
+    return joined
+
+
+def merges() -> Drawing:
+    """Draw the tokens of three words, before and after each of two merges."""
+    d = Drawing("Byte-pair encoding: the most frequent pair of neighbors becomes one token", 446)
+    words = [[*word] for word in WORDS]
+    left, side = 190, 46
+    for step, y in enumerate((84, 224, 364)):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        best, count = pairs.most_common(1)[0]
+        d.text(170, y, f"{step} merges" if step != 1 else "1 merge", "soft end")
+        for n, word in enumerate(words):
+            x = left + 220 * n + 10
+            for token in word:
+                width = side * len(token)
+                style = "green tint" if len(token) > 1 else "soft tint"
+                d.box(x + width / 2, y, width - 6, 42, token, style)
+                x += width
+        if count > 1:
+            a, b = best
+            d.arrow((405, y + 30), (405, y + 108), style="orange")
+            d.text(425, y + 69, f"{a} before {b}: {count} times", "orange bold start")
+        words = [merge(word, best) for word in words]
+    d.text(MIDDLE, 30, "the words to learn from", "bold")
+    d.text(MIDDLE, 424, "Now every pair of neighbors is there once.")
+    return d
+
+
+def interval() -> Drawing:
+    """Draw an interval that three tokens narrow, each time drawn at full width."""
+    d = Drawing("An interval, cut three times: each token keeps its own part", 510)
+    left, right = 130, 740
+    low, high = 0.0, 1.0
+    for n, (token, likely) in enumerate(CODED.items()):
+        y = 46 + 130 * n
+        X = scale(low, high, left, right)
+        d.text(left - 14, y, f"{low:g}", "soft end")
+        d.text(right + 14, y, f"{high:g}", "soft start")
+        start = low
+        for each, probability in likely.items():
+            end = start + (high - low) * probability
+            style = "green tint thick" if each == token else "soft tint"
+            words = f"{each.strip()}\n{probability:g}"
+            d.box((X(start) + X(end)) / 2, y, X(end) - X(start), 66, words, style)
+            if each == token:
+                kept = start, end
+            start = end
+        for at, corner in zip(kept, (left, right), strict=True):
+            d.line((X(at), y + 34), (corner, y + 96), style="green dashed")
+        low, high = kept
+    y = 430
+    d.text(left - 14, y, f"{low:g}", "green bold end")
+    d.text(right + 14, y, f"{high:g}", "green bold start")
+    d.box(MIDDLE - 5, y, right - left, 44, f"width {high - low:.3f}", "green tint thick")
+    d.text(MIDDLE, 480, f"{high - low:.3f} = 2 to the power of {number(math.log2(high - low))}")
+    return d
+
+
+def angle_of(vector: Tensor) -> float:
+    """Return the angle of a vector (2,) in radians."""
+    return math.atan2(vector[1].item(), vector[0].item())
+
+
+def factor(value: Tensor) -> str:
+    """Write a number as a factor, a negative one in parentheses."""
+    return f"({number(value)})" if value < 0 else number(value)
+
+
+def turned(d: Drawing, center: Point, vector: Point, position: int, style: str) -> Tensor:
+    """Draw a vector before and after it is turned by its position; return it turned."""
+    x, y = center
+    before = torch.tensor(vector, dtype=torch.float64)
+    angle = torch.tensor([position], dtype=torch.float64)
+    after = gpt.rotate(before, angle.cos(), angle.sin())
+    for (a, b), kind in ((before.tolist(), "dashed"), (after.tolist(), "thick")):
+        d.arrow((x, y), (x + 68 * a, y - 68 * b), style=f"{style} {kind}")
+    a, b = after.tolist()
+    d.text(x + 84 * a, y - 84 * b, "query" if style == "blue" else "key", f"{style} bold")
+    return after
+
+
+def rotary() -> Drawing:
+    """Draw a query and a key, turned by their positions, for two pairs at the same distance."""
+    d = Drawing("A query and a key, turned by their positions: only the distance matters", 530)
+    y = 234
+    for x, m, n in ((230, 5, 3), (640, 8, 6)):
+        d.text(x, 26, f"query at {m}, key at {n}", "bold")
+        d.line((x - 150, y), (x + 150, y))
+        d.line((x, y - 150), (x, y + 150))
+        query = turned(d, (x, y), QUERY, m, "blue")
+        key = turned(d, (x, y), KEY, n, "orange")
+        start = angle_of(key)
+        between = (angle_of(query) - start) % (2 * math.pi)
+        arc = [start + between * i / 24 for i in range(25)]
+        points = ((x + 44 * math.cos(each), y - 44 * math.sin(each)) for each in arc)
+        d.line(*points, style="green thick")
+        a, b = math.cos(arc[12]), math.sin(arc[12])
+        d.text(x + 76 * a, y - 76 * b, f"{math.degrees(between):.0f}°", "green bold")
+        terms = (f"{factor(a)} · {factor(b)}" for a, b in zip(query, key, strict=True))
+        d.text(x, 444, " + ".join(terms))
+        d.text(x, 472, f"= {number(query @ key)}", "bold")
+    d.text(MIDDLE, 510, "Dashed: before they are turned, by one radian (57°) per position.", "soft")
+    return d
+
+
 DIAGRAMS = {
     "line": line,
     "valley": valley,
@@ -463,6 +588,9 @@ DIAGRAMS = {
     "masks": masks,
     "beam": beam,
     "learning-rate": learning_rate,
+    "merges": merges,
+    "interval": interval,
+    "rotary": rotary,
 }
 
 
