@@ -1,10 +1,14 @@
 """The rows of "Change and watch" are what comes of the changes."""
 
 import re
+import runpy
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import changes
+from make_models import draw_weights
 
 SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 
@@ -47,6 +51,40 @@ def test_a_change_can_be_made_and_has_its_row(page, change):
     assert change.get("old", "") in source
     for text in changes.cells(page_of(page), change)[:1]:
         number(text, page.get("unit", ""))
+
+
+SIZES = ("--d-model", "16", "--num-layers", "1", "--num-kv-heads", "4", "--d-ff", "24")
+LANGUAGE = [(page, change) for page, change in changes.CHANGES if page["script"] == "gpt.py"]
+
+
+def learn(change, folder):
+    """Train the changed network of gpt.py for two steps; return logits."""
+    source = (changes.SRC / "gpt.py").read_text(encoding="utf-8")
+    script = folder / "gpt.py"
+    edited = source.replace(change.get("old", "\0"), change.get("new", ""))
+    script.write_text(edited, encoding="utf-8")
+    names = runpy.run_path(str(script), run_name="changed")
+    options = change.get("arguments", ())[2:]  # without the steps
+    _, settings = names["parse"](["--device", "cpu", *SIZES, *options])
+    model = draw_weights(names["GPT"](settings.sizes(300)))
+    optimizers = names["make_optimizers"](model, settings)
+    for step in range(2):
+        names["set_rates"](optimizers, step, settings)
+        windows = torch.arange(2 * settings.context + 2).view(2, -1) * 7 % 300
+        logits = model(windows[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return model(torch.arange(8).unsqueeze(0)).detach()
+
+
+@pytest.mark.parametrize(
+    ("page", "change"), LANGUAGE, ids=[change["row"] for _, change in LANGUAGE]
+)
+def test_a_changed_language_model_learns_and_is_another_one(page, change, tmp_path):
+    logits = learn(change, tmp_path)
+    assert logits.isfinite().all()
+    assert torch.equal(logits, learn({}, tmp_path)) == (change["row"] == "none")
 
 
 def test_every_row_of_change_and_watch_is_made():

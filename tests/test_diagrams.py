@@ -1,8 +1,10 @@
 """The pictures can stand in a page; the drawn ones are what the code draws; all show true facts."""
 
+import cmath
 import datetime
 import importlib
 import inspect
+import json
 import math
 import re
 from itertools import combinations, pairwise
@@ -385,3 +387,79 @@ def test_learning_rate_is_that_of_the_training():
             step, rate = max((x - 90) / 760 * steps, 1), (360 - y) / 330 * 0.007
             paper = transformer.learning_rate(step, 64, transformer.WARMUP)
             assert rate == pytest.approx(paper * (1 - falls * (step - 1) / steps), abs=5e-6)
+
+
+def test_from_4_to_5_names_the_parts_of_both_layers():
+    gpt = diagrams.gpt
+    sizes = gpt.Sizes(8, 4, 1, 2, 2, 2, 4, 4, tied=False)
+    theirs = dict(transformer.DecoderLayer(transformer.Sizes()).named_children()).keys()
+    for name, parts in (
+        ("DecoderLayer", theirs - {"dropout"}),
+        ("Layer", dict(gpt.Layer(sizes).named_children()).keys()),
+    ):
+        shown = [line for line in texts("from-4-to-5", "mono", name) if line.isidentifier()]
+        assert sorted(shown) == sorted(parts)
+    outside = {"to_logits", "norm"}
+    assert outside <= {*texts("from-4-to-5", "mono")} & {*dict(gpt.GPT(sizes).named_children())}
+
+
+def test_merges_are_those_that_byte_pair_encoding_learns():
+    documents = importlib.import_module("inputs.documents")
+    words = [*diagrams.WORDS]
+    steps = [line for line in texts("merges", "orange")]
+    for count, line in enumerate(steps, start=1):
+        tokenizer = documents.learn_tokenizer(words, 257 + count)
+        a, b = json.loads(tokenizer.to_str())["model"]["merges"][-1]
+        times = sum((a + b) in word for word in words)
+        assert line == f"{a} before {b}: {times} times"
+    shown = [each for each in texts("merges") if any(each in word for word in words)]
+    rows = [documents.learn_tokenizer(words, 257 + n) for n in range(len(steps) + 1)]
+    assert shown == [t for row in rows for word in words for t in row.encode(word).tokens]
+
+
+def test_interval_is_that_of_the_coder():
+    coder = importlib.import_module("decoding.coder")
+    interval = coder.Interval()
+    shown = [numbers(line)[0] for line in texts("interval") if NUMBER.fullmatch(line)]
+    ends = []
+    for token, likely in diagrams.CODED.items():
+        ends += [interval.low / coder.WHOLE, interval.high / coder.WHOLE]
+        parts = torch.tensor([*likely.values()], dtype=torch.float64)
+        cumulative = coder.cumulate((1000 * parts).round().long().numpy())
+        interval.narrow([*likely].index(token), cumulative)
+    ends += [interval.low / coder.WHOLE, interval.high / coder.WHOLE]
+    at_the_sides = [
+        n for line in texts("interval", "start") + texts("interval", "end") for n in numbers(line)
+    ]
+    assert sorted(at_the_sides) == pytest.approx(sorted(ends))
+    likely = [p for row in diagrams.CODED.values() for p in row.values()]
+    assert sorted(shown) == pytest.approx(sorted(likely + ends))
+    width = ends[-1] - ends[-2]
+    (line,) = (line for line in texts("interval") if "power" in line)
+    said, two, power = numbers(line)
+    assert (said, two) == (pytest.approx(width), 2)
+    assert power == pytest.approx(math.log2(width), abs=0.005)
+
+
+def test_rotary_shows_products_that_depend_on_the_distance():
+    pairs = [numbers(line) for line in texts("rotary", "bold") if line.startswith("query at")]
+    products = [numbers(line) for line in texts("rotary") if "·" in line]
+    results = [numbers(line)[0] for line in texts("rotary", "bold") if line.startswith("=")]
+    arrows = lines("rotary", "thick")
+    query, key = (complex(*vector) for vector in (diagrams.QUERY, diagrams.KEY))
+    for (m, n), (a, b, c, d), result in zip(pairs, products, results, strict=True):
+        turned = query * cmath.exp(1j * m), key * cmath.exp(1j * n)
+        expected = [turned[0].real, turned[1].real, turned[0].imag, turned[1].imag]
+        assert [a, b, c, d] == pytest.approx(expected, abs=0.005)
+        assert result == pytest.approx(a * b + c * d, abs=0.005)
+        for vector in turned:  # the line of its arrow ends before its head
+            ends = [complex(x1 - x0, y0 - y1) for (x0, y0), (x1, y1) in arrows_of(arrows)]
+            assert any(abs(cmath.phase(end / vector)) < 0.01 for end in ends)
+    assert len({m - n for m, n in pairs}) == len({*results}) == 1
+    angle = math.degrees(cmath.phase(turned[0] / turned[1]) % (2 * math.pi))
+    assert [numbers(line)[0] for line in texts("rotary", "green")] == [round(angle)] * 2
+
+
+def arrows_of(paths):
+    """Return those of the lines that have two points."""
+    return [path for path in paths if len(path) == 2]

@@ -16,19 +16,22 @@ from torch import nn
 
 import attention
 import changes
+import gpt as G
+import test_smollm2 as smollm2
 import transformer
 from conftest import ROOT, SMALL, corpus_of, draw, make, save_text
 from decoding import search
 from inputs import pairs as corpus
 from inputs.phrases import sample_pairs
 from inputs.text import PAD
+from test_gguf import write_model
 from test_search import score_of
 from test_translation import random_pairs
 from transformer import Sizes, Transformer
 
 BUGS = tomllib.loads((ROOT / "src/exercises/exercises.toml").read_text(encoding="utf-8"))["bug"]
-PAGES = [f"{name}.md" for name in ("1-hello", "2-fashion-mnist", "3-attention", "4-transformer")]
-PAGES.append("6-translation.md")
+NAMES = ("1-hello", "2-fashion-mnist", "3-attention", "4-transformer", "5-gpt", "6-translation")
+PAGES = [f"{name}.md" for name in NAMES]
 
 
 def rows(page):
@@ -410,6 +413,68 @@ def test_a_cache_that_forgets_where_it_is_puts_every_token_at_position_0(changed
     starts.clear()
     wrong(model, source)
     assert set(starts) == {0}
+
+
+SILENT = {  # how the row of each mistake begins; its edit is made with SmolLM2 by test_smollm2.py
+    smollm2.forget_the_mask: row("5-gpt.md", "no causal mask"),
+    smollm2.change_epsilon: row("5-gpt.md", "the norms' epsilon"),
+    smollm2.change_base: row("5-gpt.md", "the base"),
+    smollm2.leave_interleaved: row("5-gpt.md", "pairs"),
+    smollm2.forget_positions: row("5-gpt.md", "no positions"),
+    smollm2.forget_the_scale: row("5-gpt.md", "no division"),
+    smollm2.tile_heads: row("5-gpt.md", "heads"),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Open a tiny model with the base of SmolLM2; return what it predicts."""
+    path = tmp_path / "model.gguf"
+    write_model(path, facts={"llama.rope.freq_base": 100_000.0})
+
+    def predict(tokens):
+        with torch.inference_mode():
+            return G.open_model(path)[0](tokens)
+
+    return predict
+
+
+@pytest.mark.parametrize("mistake", SILENT)
+def test_a_silent_mistake_changes_the_logits_and_raises_no_error(mistake, tiny, monkeypatch):
+    tokens = torch.tensor([[5, 9, 200, 31, 9, 5, 77]])
+    expected = tiny(tokens)
+    mistake(monkeypatch)
+    logits = tiny(tokens)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits, expected)
+
+
+def test_the_losses_of_silent_mistakes_are_those_of_smollm2():
+    assert SILENT.keys() == smollm2.MISTAKES.keys()
+    for mistake, seen in SILENT.items():
+        nats, word, _ = (cell.strip(" *") for cell in seen.split("|"))
+        assert float(nats) == pytest.approx(smollm2.MISTAKES[mistake], abs=0.01)
+        assert (word == "Rome") == (mistake in (smollm2.change_base, smollm2.change_epsilon))
+
+
+def test_without_a_causal_mask_a_token_sees_the_next_one(tiny, monkeypatch):
+    tokens = torch.tensor([[5, 9, 200], [5, 9, 31]])
+    first, second = tiny(tokens)[:, :2]
+    assert torch.equal(first, second)
+    smollm2.forget_the_mask(monkeypatch)
+    first, second = tiny(tokens)[:, :2]
+    assert not torch.isclose(first, second).all(dim=1).any()
+    assert min(smollm2.MISTAKES, key=smollm2.MISTAKES.get) is smollm2.forget_the_mask
+    assert next(iter(ROWS["5-gpt.md"])).startswith("no causal mask")
+
+
+def test_without_positions_the_order_of_earlier_tokens_makes_no_difference(tiny, monkeypatch):
+    tokens = torch.tensor([[5, 9, 200, 31], [200, 5, 9, 31]])
+    first, second = tiny(tokens)[:, -1]
+    assert not torch.isclose(first, second).all()
+    smollm2.forget_positions(monkeypatch)
+    first, second = tiny(tokens)[:, -1]
+    torch.testing.assert_close(first, second)
 
 
 def gradient(add_gradients, world):

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import math
 import re
 from itertools import takewhile
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gpt as G
 from conftest import corpus_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -374,6 +376,179 @@ def test_a_layer_norm_by_hand():
     x = torch.tensor(x)
     assert (x.mean(), x.var(correction=0)) == (mean, variance)
     assert said == pytest.approx(F.layer_norm(x, (4,)).tolist(), abs=0.005)
+
+
+def test_four_tokens_in_bits_and_bytes_by_hand():
+    _, _, *rows, total = rows_of_table("5-gpt.md", "predicts the text `for i in range`")
+    tokens = [row[0].strip("`") for row in rows]
+    assert "".join(tokens) == "for i in range"
+    size, p, bits = torch.tensor([numbers(" ".join(row[1:])) for row in rows]).T
+    length, cost = int(size.sum()), bits.sum().item()
+    assert size.tolist() == [len(token.encode()) for token in tokens]
+    torch.testing.assert_close(-p.log2(), bits, atol=0.005, rtol=0)
+    assert numbers(" ".join(total)) == pytest.approx([length, cost], abs=0.005)
+    before, eight, unzipped = find("5-gpt.md", "The file has $`", "`$ bits. With")
+    assert (before, eight, unzipped) == (length, 8, 8 * length)
+    needed, whole = find("5-gpt.md", "With this network,", "byte. Divide")
+    assert (needed, whole) == pytest.approx((cost, math.ceil(cost / 8)))
+    part, among, per_byte = find("5-gpt.md", "the *bits per byte*: $`", "`$. A file")
+    assert (part, among) == pytest.approx((cost, length))
+    assert per_byte == pytest.approx(part / among, abs=0.005)
+    part, _, count, nats = find("5-gpt.md", "with the natural logarithm, here $`", "`$ *nats*")
+    assert (part, count) == pytest.approx((cost, 4))
+    assert nats == pytest.approx(-p.log().mean().item(), abs=0.005)
+
+
+def test_an_interval_by_hand():
+    diagrams = importlib.import_module("diagrams")
+    coder = importlib.import_module("decoding.coder")
+    encoder, interval = coder.Encoder(), coder.Interval()
+    ends, product = [], []
+    for token, likely in diagrams.CODED.items():
+        assert sum(likely.values()) == pytest.approx(1)
+        shares = torch.tensor([*likely.values()], dtype=torch.float64)
+        cumulative = coder.cumulate((1000 * shares).round().long().numpy())
+        encoder.encode([*likely].index(token), cumulative)
+        interval.narrow([*likely].index(token), cumulative)
+        ends.append([interval.low / coder.WHOLE, interval.high / coder.WHOLE])
+        product.append(likely[token])
+    row = find("5-gpt.md", "The interval from 0 to 1 is cut three times:", "](interval.svg)")
+    assert row == pytest.approx([end for pair in ends for end in pair])
+    assert find("5-gpt.md", "The last interval goes from", ". Its width") == pytest.approx(ends[-1])
+    *factors, width = find("5-gpt.md", "the three probabilities, $`", "`$, and")
+    assert [*factors, width] == pytest.approx([*product, math.prod(product)])
+    _, _, bits = find("5-gpt.md", "`$, and $`-", "`$ is the sum of their bits")
+    assert bits == pytest.approx(-math.log2(width), abs=0.005)
+    digits = re.search(r"begin with 0\.([01]+) lie", read("5-gpt.md"))[1]
+    low, high = find("5-gpt.md", f"begin with 0.{digits} lie between", ", so inside")
+    assert (low, high) == (int(digits, 2) / 2**6, (int(digits, 2) + 1) / 2**6)
+    assert ends[-1][0] <= low < high <= ends[-1][1]
+    assert f"{encoder.finish()[0]:08b}".startswith(digits) and len(digits) == math.ceil(bits)
+
+
+def test_merges_by_hand():
+    diagrams = importlib.import_module("diagrams")
+    documents = importlib.import_module("inputs.documents")
+    page = read("5-gpt.md")
+    assert "the words *the*, *then* and *that*" in page
+    tokenizer = documents.learn_tokenizer(diagrams.WORDS, 257 + 2)
+    said = re.findall(r"[Tt]he pair `(\w+)`, `(\w)` occurs (\d) times", page)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    assert [[a, b] for a, b, _ in said] == merges
+    assert [int(n) for *_, n in said] == [
+        sum((a + b) in word for word in diagrams.WORDS) for a, b in merges
+    ]
+    count, tokens, before = find("5-gpt.md", "After these", ". Frequent")
+    assert count == len(merges)
+    assert tokens == sum(len(tokenizer.encode(word).ids) for word in diagrams.WORDS)
+    assert before == sum(map(len, diagrams.WORDS))
+    shares = re.search(r"vocabulary has ([\d,]+) tokens: (\d+) bytes, (\d+) merges", page).groups()
+    size, single, merged = (int(share.replace(",", "")) for share in shares)
+    assert (size, single, merged) == (G.Settings().vocab_size, 256, size - 256 - 1)
+
+
+def test_an_rms_norm_by_hand():
+    header, _, *rows = rows_of_table("5-gpt.md", "the mean square is")
+    x = torch.tensor(numbers(" ".join(header)))
+    *squares, _, mean, under, root = find("5-gpt.md", r"\frac{", "``` | | 1")
+    assert squares == x.square().tolist()
+    assert mean == under == x.square().mean()
+    assert root == pytest.approx(mean**0.5, abs=0.005)
+    for row, norm in zip(rows, (F.layer_norm, F.rms_norm), strict=True):
+        assert numbers(" ".join(row)) == pytest.approx(norm(x, (4,)).tolist(), abs=0.005)
+
+
+def test_a_query_and_a_key_that_are_turned_by_hand():
+    page = "5-gpt.md"
+    query = torch.tensor(find(page, "The query is (", "), and the key"))
+    key = torch.tensor(find(page, "and the key (", "). The picture"))
+    m, n = find(page, "At the positions", ", the query becomes")
+    o, p = find(page, "(−1.13, −0.85). At", ", they become")
+    vectors = find(page, ", the query becomes (", "). At")
+    vectors += find(page, ", they become (", "). Turning")
+    products = find(page, r"the dot product: ```math \begin{aligned}", r"\end{aligned}")
+    found = []
+    for vector, position in ((query, m), (key, n), (query, o), (key, p)):
+        angle = torch.tensor([position])
+        found.append(G.rotate(vector, angle.cos(), angle.sin()))
+    assert vectors == pytest.approx(torch.cat(found).tolist(), abs=0.005)
+    assert m - n == o - p
+    for said, first, second in ((products[:5], *found[:2]), (products[5:], *found[2:])):
+        a, c = first.tolist()
+        b, d = second.tolist()
+        assert said[:4] == pytest.approx([a, b, c, d], abs=0.005)
+        assert said[4] == pytest.approx(said[0] * said[1] + said[2] * said[3], abs=0.005)
+        assert said[4] == pytest.approx((first @ second).item(), abs=0.005)
+
+
+def test_swiglu_by_hand():
+    page = "5-gpt.md"
+    x, up, down, gate = find(page, "instead of vectors, $`x =", "`$: ```math")
+    lines = find(page, r"\text{up:} \quad &", r"\end{aligned}")
+    up_factors, gate_factors, silu, last = lines[:3], lines[3:6], lines[6:11], lines[11:]
+
+    def network(gate):
+        layer = G.FeedForward(G.Sizes(1, 1, 1, 1, 1, 2, 1, 1, tied=False))
+        for matrix, weight in ((layer.W_gate, gate), (layer.W_up, up), (layer.W_down, down)):
+            nn.init.constant_(matrix.weight, weight)
+        return layer(torch.tensor([x])).item()
+
+    assert up_factors == [x, up, x * up]
+    assert gate_factors == [x, gate, x * gate]
+    opened = F.silu(torch.tensor(x * gate)).item()
+    assert silu == pytest.approx([x * gate, x * gate, 1, -x * gate, opened], abs=0.005)
+    product = silu[-1] * x * up
+    expected = [silu[-1], x * up, product, product, down, network(gate)]
+    assert last == pytest.approx(expected, abs=0.005)
+    other, at, opened, result = find(page, r"With $`W_\text{gate} =", ": the gate is almost closed")
+    assert at == x * other
+    assert opened == pytest.approx(F.silu(torch.tensor(at)).item(), abs=0.005)
+    assert result == pytest.approx(network(other), abs=0.005)
+
+
+def test_five_tokens_to_draw_from_by_hand():
+    page = "5-gpt.md"
+    sampling = importlib.import_module("decoding.sampling")
+    _, _, predicted, *rows = rows_of_table(page, "Say five tokens have these probabilities")
+    p = torch.tensor(numbers(" ".join(predicted)), dtype=torch.float64)
+    assert p.sum() == pytest.approx(1)
+    for row in rows:
+        kind, value = row[0].split()
+        logits = {
+            "temperature": lambda value: p.log() / value,
+            "top-k": lambda value: sampling.keep_top_k(p.log(), int(value)),
+            "top-p": lambda value: sampling.keep_top_p(p.log(), value),
+        }[kind](float(value))
+        said = numbers(" ".join(row[1:]))
+        assert said == pytest.approx(logits.softmax(dim=0).tolist(), abs=0.005)
+    base, _, square, total, one, two, share = find(page, "to 1 again: $`", "`$. Below 1")
+    assert (base**2, p.square().sum().item()) == pytest.approx((square, total))
+    assert (one, two) == (square, total) and share == pytest.approx(one / two, abs=0.005)
+    both, limit, three = find(page, "A and B have", ". So C is kept")
+    assert [both, three] == pytest.approx([p[:2].sum().item(), p[:3].sum().item()])
+    assert both < limit <= three
+    part, whole, first = find(page, "So C is kept, and A gets $`", "`$.")
+    assert [part, whole] == pytest.approx([p[0].item(), p[:3].sum().item()])
+    assert first == pytest.approx(part / whole, abs=0.005)
+
+
+def test_losses_of_knowing_nothing():
+    tokens, loss = find("5-gpt.md", "the first loss is", ": that of knowing nothing")
+    assert (tokens, loss) == pytest.approx((G.Settings().vocab_size, math.log(tokens)), abs=0.005)
+    tokens, loss = find("5-gpt.md", "worse than guessing at random: $`", "`$ |")
+    assert loss == pytest.approx(math.log(tokens), abs=0.005)
+
+
+def test_exercises_by_hand_about_a_language_model():
+    size, count = find("5-gpt.md", "By hand: a file of", ", each predicted with")
+    tokens, bits, bytes_, per_byte = find("5-gpt.md", "is that? ($`", "`$.)")
+    assert (tokens, bytes_, bits) == (count, size, -math.log2(1 / 4))
+    assert per_byte == pytest.approx(tokens * bits / bytes_)
+    sampling = importlib.import_module("decoding.sampling")
+    *p, first, second = find("5-gpt.md", "By hand: five tokens have the probabilities", "? (Two,")
+    logits = torch.tensor(p, dtype=torch.float64).log()
+    kept = [sampling.keep_top_p(logits, limit).isfinite().sum() for limit in (first, second)]
+    assert kept == [2, 3]
 
 
 def test_a_beam_by_hand():
