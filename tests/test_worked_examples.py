@@ -539,6 +539,16 @@ def test_losses_of_knowing_nothing():
     assert loss == pytest.approx(math.log(tokens), abs=0.005)
 
 
+def test_the_parts_of_2017_have_the_measured_bits_per_byte():
+    measured = read("measurements.md").partition("## Language model")[2]
+    _, _, *rows = rows_of_table("5-gpt.md", "### 2017 and now")
+    said = [row[-1] for row in rows if row[-1] != "to be measured"]
+    said += re.findall(r"as they are now, they are ([\d.]+) ±", read("5-gpt.md"))
+    assert len(said) > 4
+    for number in said:
+        assert re.search(rf"\| [^|]*\b{re.escape(number)}\b", measured), number
+
+
 def test_exercises_by_hand_about_a_language_model():
     size, count = find("5-gpt.md", "By hand: a file of", ", each predicted with")
     tokens, bits, bytes_, per_byte = find("5-gpt.md", "is that? ($`", "`$.)")
