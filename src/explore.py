@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""See it move: the formula, heads, your own Transformer and its search, on an interactive page.
+"""See it move: the formula, heads, your own networks and their search, on an interactive page.
 
 Run `make explore`, which opens this marimo notebook in the browser, served from this machine only.
 It computes with the functions of the other scripts, and shows the networks that they saved in
@@ -18,7 +18,9 @@ with app.setup:
     import marimo as mo
     import torch
 
+    import gpt
     from attention import SENTENCE, positional_encoding
+    from decoding.sampling import Sampling
     from explorer import pictures, switches, trained
     from explorer.pictures import decimal, heat, plot, side_by_side
     from inputs.dates import find_problem, normalize, sample_dates, split_days
@@ -34,11 +36,25 @@ with app.setup:
     )  # fmt: skip
 
     RUNS = Path("runs")  # where the scripts that are run from the same folder save
+    PUBLISHED = Path("data/smollm2")  # where `make smollm2` puts it
+    OWN = "your own"
+    SMOLLM2 = "SmolLM2"
+    WRITTEN = 40  # tokens
+    CODE = """\
+def area(width, height):
+    return width * height
+
+
+def volume(width, height, depth):
+    return area(width, height) * depth
+"""
     FORMULA = "Formula"
     HEADS = "Heads"
     TRANSFORMER = "Transformer"
+    LANGUAGE = "Language model"
     SEARCH = "Search"
-    PAGES = (FORMULA, HEADS, TRANSFORMER, SEARCH)
+    PHOTO = "Photo"
+    PAGES = (FORMULA, HEADS, TRANSFORMER, LANGUAGE, SEARCH, PHOTO)
 
 
 @app.function
@@ -55,12 +71,22 @@ def line_up(*items: object) -> mo.Html:
     return mo.hstack(items, justify="start", align="center", gap=1.5, wrap=True)
 
 
+@app.function
+def tell_leak(whole: float, without: float) -> str:
+    """Say what the bits of a text mean without the causal mask."""
+    sees = "Without the mask, the network also sees the very token that it should predict."
+    if without < whole:
+        return f"{sees} Fewer bits, and no better: as it writes, there is no such token yet."
+    return f"{sees} But it was trained with the mask, and finds nothing there in this text."
+
+
 @app.cell
 def _():
     page = mo.ui.dropdown(PAGES, FORMULA, label="Page")  # tabs can't be reached by keyboard
     runs = Path(mo.cli_args().get("runs") or RUNS)
+    published = Path(mo.cli_args().get("model") or PUBLISHED)
     mo.vstack([mo.Html(pictures.STYLE), mo.md("# See it move"), page])
-    return page, runs
+    return page, published, runs
 
 
 @app.cell
@@ -285,11 +311,150 @@ def _(answer, changed, date, page, source, step, tokens):
 
 @app.cell
 def _():
+    learn_gpt = mo.ui.run_button(label="Train a small language model here (about a minute)")
+    text = mo.ui.text_area(CODE, label="A text", rows=7, debounce=200, full_width=True)
+    rotated, hidden = (mo.ui.switch(True, label=name) for name in switches.GPT_PARTS)
+    _bases = {"as trained": None} | {f"{10**n:,}": 10.0**n for n in range(1, 7)}
+    base = mo.ui.dropdown(_bases, "as trained", label="Base of the frequencies")
+    temperature = mo.ui.slider(0, 2, step=0.1, value=0.8, label="temperature", show_value=True)
+    top_p = mo.ui.slider(0.05, 1, step=0.05, value=1, label="top-p", show_value=True)
+    chance = mo.ui.slider(0, 9, value=0, label="seed", show_value=True)
+    return base, chance, hidden, learn_gpt, rotated, temperature, text, top_p
+
+
+@app.cell
+def _(learn_gpt, page, published, runs):
+    mo.stop(page.value != LANGUAGE)
+    _here = runs / "explore/gpt"
+    if learn_gpt.value:
+        with_bar(trained.train_gpt, _here, trained.GPT_STEPS)
+    own, _problem = trained.open_first([runs / "gpt", _here], gpt.open_model)
+    _names = [OWN] * (own is not None) + [SMOLLM2] * published.exists()
+    which = mo.ui.dropdown(_names, next(iter(_names), None), label="Network")
+    _needed = [mo.callout(_problem, "warn"), learn_gpt] if _problem else []
+    mo.vstack([mo.md("### What each token costs"), *_needed, *([which] if _names else [])])
+    return own, which
+
+
+@app.cell
+def _(own, published, which):
+    mo.stop(which.value is None)  # this stops all cells that need the network, too
+    try:
+        with mo.status.spinner("Opening the network"):
+            language_model, texts = own if which.value == OWN else gpt.open_model(published)
+    except OSError as _error:
+        mo.stop(True, mo.callout(str(_error), "warn"))
+    _sizes = language_model.sizes
+    _heads = {"none": None} | {str(n + 1): n for n in range(_sizes.num_heads)}
+    layer = mo.ui.dropdown({str(n + 1): n for n in range(_sizes.num_layers)}, "1", label="Layer")
+    head_off = mo.ui.dropdown(_heads, "none", label="Head switched off")
+    _few = [k for k in (1, 2, 3, 5, 10, 20, 50, 100) if k < _sizes.vocab_size]
+    _steps = [*_few, _sizes.vocab_size]  # the last draws from all tokens
+    top_k = mo.ui.slider(steps=_steps, value=_steps[-1], label="top-k", show_value=True)
+    return head_off, language_model, layer, texts, top_k
+
+
+@app.cell
+def _(language_model, text, texts):
+    _limit = trained.longest_text(language_model.sizes.context)
+    encoded, _problem = trained.encode_text(text.value, texts, _limit)
+    _note = mo.md(f"At most {_limit} tokens are read, so that each control answers at once.")
+    mo.vstack([text, mo.callout(_problem, "warn") if _problem else _note])
+    return (encoded,)
+
+
+@app.cell
+def _(base, encoded, head_off, hidden, layer, rotated):
+    mo.stop(encoded is None)
+    line_up(rotated, hidden, base, layer, head_off)
+
+
+@app.cell
+def _(encoded, language_model):
+    mo.stop(encoded is None)
+    whole_bits = switches.count_bits(
+        switches.predict_each(language_model, encoded.ids), encoded.ids
+    )
+    _last = len(encoded.ends)
+    follow = mo.ui.slider(1, _last, value=min(3, _last), label="Follow token", show_value=True)
+    return follow, whole_bits
+
+
+@app.cell
+def _(base, encoded, head_off, hidden, language_model, layer, rotated):
+    mo.stop(encoded is None)
+    _parts = zip(switches.GPT_PARTS, (rotated, hidden), strict=True)
+    _off = [name for name, switch in _parts if not switch.value]
+    _head = None if head_off.value is None else (layer.value, head_off.value)
+    changed_model = switches.change_gpt(language_model, _off, base.value, _head)
+    predicted = switches.predict_each(changed_model, encoded.ids)
+    return changed_model, predicted
+
+
+@app.cell
+def _(encoded, hidden, predicted, whole_bits):
+    bits = switches.count_bits(predicted, encoded.ids)
+    _length = len(encoded.text.encode())
+    _sums = torch.stack((whole_bits.sum(), bits.sum()))
+    _names = ["whole network", "as it is now"]
+    _table = heat("Bits per byte of the text", _sums.unsqueeze(0) / _length, ["needed"], _names)
+    _about = f"{len(bits)} tokens cost **{_sums[1]:.1f} bits**, and have {_length} bytes."
+    _lesson = [] if hidden.value else [mo.callout(tell_leak(*_sums.tolist()), "warn")]
+    mo.vstack([mo.md(_about), mo.Html(_table), *_lesson])
+    return (bits,)
+
+
+@app.cell
+def _(bits, encoded, follow):
+    _text = pictures.shaded(encoded.text, encoded.ends, bits.tolist(), follow.value - 1)
+    mo.vstack([mo.Html(_text), follow])
+
+
+@app.cell
+def _(encoded, follow, predicted, texts):
+    _row, _token = predicted[follow.value - 1], encoded.ids[follow.value]
+    _rivals = switches.find_rivals(_row, _token)
+    _names = [trained.name_token(token, texts) for token in _rivals]
+    mo.Html(pictures.rivals(_row[_rivals], _names, _rivals.index(_token)))
+
+
+@app.cell
+def _(chance, encoded, temperature, top_k, top_p):
+    mo.stop(encoded is None)
+    _about = mo.md("### What comes next\nAt each step, the same seed draws by the same numbers")
+    mo.vstack([_about, line_up(temperature, top_k, top_p, chance)])
+
+
+@app.cell
+def _(changed_model, chance, encoded, texts):
+    plain = switches.continue_text(
+        changed_model, texts, encoded.ids, Sampling(), chance.value, WRITTEN
+    )
+    return (plain,)
+
+
+@app.cell
+def _(changed_model, chance, encoded, plain, predicted, temperature, texts, top_k, top_p):
+    _sampling = Sampling(temperature.value, top_k.value, top_p.value)
+    _before = (-predicted[-1].double()).exp2()
+    _after = switches.sampled_from(_before.log(), _sampling)
+    _likeliest = _before.topk(10).indices
+    _names = [trained.name_token(token, texts) for token in _likeliest.tolist()]
+    _table = pictures.reshaped(_before[_likeliest], _after[_likeliest], _names)
+    _written = switches.continue_text(
+        changed_model, texts, encoded.ids, _sampling, chance.value, WRITTEN
+    )
+    _texts = [trained.spell_text(tokens, texts, encoded.ids) for tokens in (plain, _written)]
+    _titles = ["As predicted: temperature 1, all tokens", "With the sliders, the same seed"]
+    mo.Html(side_by_side(_table, pictures.two_texts(_titles, _texts)))
+
+
+@app.cell
+def _():
     beam = mo.ui.slider(1, 5, value=3, label="beam", show_value=True)
     alpha = mo.ui.slider(0, 2, step=0.1, value=1.2, label="length penalty", show_value=True)
     upto = mo.ui.slider(1, 12, value=12, label="show steps up to", show_value=True)
-    photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
-    return alpha, beam, photo, upto
+    return alpha, beam, upto
 
 
 @app.cell
@@ -336,14 +501,20 @@ def _(page, runs):
 
 
 @app.cell
+def _():
+    photo = mo.ui.file(["image/*"], kind="area", label="Drop a photo of a garment here")
+    return (photo,)
+
+
+@app.cell
 def _(page, photo):
-    mo.stop(page.value != SEARCH)
+    mo.stop(page.value != PHOTO)
     mo.vstack([mo.md("### A photo, as the network of fashion-mnist.py sees it"), photo])
 
 
 @app.cell
 def _(page, photo, runs):
-    mo.stop(page.value != SEARCH or not photo.value)
+    mo.stop(page.value != PHOTO or not photo.value)
     try:
         _path = runs / "fashion-mnist/model.safetensors"
         _image, _probabilities = trained.classify(photo.contents(), _path)

@@ -122,7 +122,7 @@ def test_a_removed_head_adds_nothing():
     x = torch.randn(2, 5, 8)
     ours, expected = attention.MultiHeadAttention(8, 2), attention.MultiHeadAttention(8, 2)
     expected.load_state_dict(ours.state_dict())
-    S.remove_head(ours, 1)
+    S.remove_head(ours.W_o, ours.num_heads, 1)
     without_rows(expected, 1)
     torch.testing.assert_close(ours(x, x, x), expected(x, x, x))
 

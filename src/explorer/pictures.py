@@ -19,6 +19,7 @@ from explorer.switches import Branch, Formula, letter
 
 BLUE = (42, 143, 208)  # RGB
 ORANGE = (213, 94, 0)
+MOST_BITS = 10.0  # of a token: more have no stronger color
 STYLE = """<style>
 html {font-size: 16px;}
 .tables {display: flex; flex-wrap: wrap; gap: 8px 32px; width: 100%;}
@@ -29,6 +30,10 @@ html {font-size: 16px;}
 .scroll td {padding: 3px 5px; text-align: right; white-space: nowrap; min-width: 25px;
   height: 24px;}
 .scroll figcaption {font-weight: bold; padding: 6px 0;}
+.text {margin: 0; max-width: 100%; min-width: 0;}
+.text pre {font: 15px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;}
+.text pre span {padding: 2px 0;}
+.text figcaption {font-weight: bold; padding: 6px 0;}
 </style>"""
 
 
@@ -38,9 +43,10 @@ def side_by_side(*pictures: str) -> str:
 
 
 def visible(token: str) -> str:
-    """Make a token visible on its own: ␣ for a space, ◌ under an accent."""
+    """Make a token visible on its own: ␣ for a space, ↵ for a line break, ◌ under an accent."""
     accents = token[:1] and category(token[0]).startswith("M")
-    return ("◌" if accents else "") + "".join("␣" if c.isspace() else c for c in token)
+    signs = (("↵" if c == "\n" else "␣") if c.isspace() else c for c in token)
+    return ("◌" if accents else "") + "".join(signs)
 
 
 def decimal(x: float) -> str:
@@ -49,6 +55,13 @@ def decimal(x: float) -> str:
         return "✗ NaN"
     text = f"{round(x, 2) + 0.0:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # + 0.0: no −0.00
     return text.replace("-", "−").replace("inf", "∞")
+
+
+def shade(x: float, top: float) -> str:
+    """Return the color of a number as CSS: the further from 0, up to `top`, the stronger."""
+    red, green, blue = BLUE if x > 0 else ORANGE
+    share = 0.75 * min(1, abs(x) / top) if math.isfinite(x) else 0
+    return f"background: rgba({red}, {green}, {blue}, {share:.2f})"
 
 
 def heat(
@@ -68,11 +81,8 @@ def heat(
     for i, (name, numbers) in enumerate(zip(rows, matrix.tolist(), strict=True)):
         cells = ""
         for j, x in enumerate(numbers):
-            red, green, blue = BLUE if x > 0 else ORANGE
-            share = 0.75 * min(1, abs(x) / top) if math.isfinite(x) else 0
-            style = f"background: rgba({red}, {green}, {blue}, {share:.2f})"
             text = escape(texts[i][j]) if texts else decimal(x)
-            cells += f'<td style="{style}" title="{x:.4g}">{text}</td>'
+            cells += f'<td style="{shade(x, top)}" title="{x:.4g}">{text}</td>'
         lines.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
     return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
 
@@ -216,3 +226,66 @@ def looks(weights: dict[str, Tensor], t: int, source: Sequence[str], target: Seq
         texts = [[percent(x).rstrip("%") for x in line] for line in matrix.tolist()]
         tables.append(heat(title, matrix, names, columns[: matrix.shape[1]], texts))
     return side_by_side(*tables)
+
+
+def shaded(text: str, ends: Sequence[int], bits: Sequence[float], followed: int) -> str:
+    """Return a text as HTML, each token shaded by its bits, and the followed one framed.
+
+    Token n ends before the character ends[n]. Those within one character are shaded as one.
+    """
+    pieces: list[list[int]] = []  # the tokens of each
+    starts = [0]
+    for n, end in enumerate(ends):
+        if end > starts[-1] or not pieces:
+            pieces.append([])
+            starts.append(end)
+        pieces[-1].append(n)
+    spans = ""
+    for tokens, start, end in zip(pieces, starts, starts[1:], strict=False):
+        cost = sum(bits[n] for n in tokens)
+        frame = "; outline: 2px solid" if followed in tokens else ""
+        part = escape(text[start:end]).replace("\n", "↵\n")
+        spans += (
+            f'<span style="{shade(cost, MOST_BITS)}{frame}" title="{cost:.2f} bits">{part}</span>'
+        )
+    legend = " ".join(
+        f'<span style="{shade(n, MOST_BITS)}">&nbsp;{n}&nbsp;</span>' for n in range(0, 11, 2)
+    )
+    title = "<figcaption>What each token costs</figcaption>"
+    return f'<figure class="text">{title}<pre>{spans}</pre><p>Bits: {legend} or more</p></figure>'
+
+
+def two_texts(titles: Sequence[str], texts: Sequence[str]) -> str:
+    """Return two texts as HTML; the part of the second that differs is marked."""
+    first, second = texts
+    same = 0
+    while same < min(map(len, texts)) and first[same] == second[same]:
+        same += 1
+    mark = f'<span style="{shade(1, 2)}">{escape(second[same:])}</span>'
+    bodies = (escape(first), escape(second[:same]) + mark)
+    figures = (
+        f'<figure class="text"><figcaption>{escape(title)}</figcaption><pre>{body}</pre></figure>'
+        for title, body in zip(titles, bodies, strict=True)
+    )
+    return "".join(figures)
+
+
+def rivals(bits: Tensor, names: Sequence[str], real: int) -> str:
+    """Return the probabilities of some tokens, from their bits (N,), as a table.
+
+    `real` tells which of them stands in the text.
+    """
+    rows = [visible(name) + (" (in the text)" if n == real else "") for n, name in enumerate(names)]
+    matrix = torch.stack(((-bits).exp2(), bits), dim=1)
+    texts = [[f"{p:.1%}", decimal(cost)] for p, cost in matrix.tolist()]
+    title = f"“{visible(names[real])}” and its rivals"
+    return heat(title, matrix[:, :1].expand(-1, 2), rows, ["probability", "bits"], texts)
+
+
+def reshaped(before: Tensor, after: Tensor, names: Sequence[str]) -> str:
+    """Return the probabilities of some tokens (N,) before and after sampling's changes."""
+    matrix = torch.stack((before, after), dim=1)
+    matrix = torch.cat((matrix, 1 - matrix.sum(dim=0, keepdim=True)))
+    texts = [[f"{p:.1%}" for p in row] for row in matrix.tolist()]
+    rows = [*map(visible, names), "all others"]
+    return heat("The next token", matrix, rows, ["as predicted", "with the sliders"], texts)

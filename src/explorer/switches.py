@@ -1,12 +1,13 @@
-"""Attention and the Transformer with a part switched off, and what goes on inside them.
+"""Attention and the networks with a part switched off, and what goes on inside them.
 
-explore.py shows it on a page. The right code is in attention.py, transformer.py and search.py; this
-file only adds deliberate mistakes, and ways to look inside.
+explore.py shows it on a page. The right code is in attention.py, transformer.py, gpt.py, search.py
+and sampling.py; this file only adds deliberate mistakes, and ways to look inside.
 """
 
 import copy
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple, cast
 
@@ -25,14 +26,18 @@ from attention import (
     sample_sequences,
     scaled_dot_product_attention,
 )
+from decoding.sampling import Sampling, keep_top_k, keep_top_p, next_tokens
 from decoding.search import plain_decoder, search
+from gpt import GPT
 from inputs.dates import share_exact
+from inputs.pretrained import Texts
 from inputs.text import BOS, EOS, PAD, Pair
 from transformer import Transformer, encode
 
 RIGHT_MASKS = ("none", "causal", "padding: the last word")
 WRONG_MASKS = ("causal, True and False swapped", "causal, added as 1 and 0")
 PARTS = ("positions", "causal mask", "padding mask", "times √d_model")
+GPT_PARTS = PARTS[:2]
 
 
 class Formula(NamedTuple):
@@ -96,15 +101,15 @@ def name_faults(weights: Tensor, mask: str) -> list[str]:
     return faults
 
 
-def remove_head(heads: MultiHeadAttention, head: int) -> None:
+def remove_head(W_o: nn.Module, num_heads: int, head: int) -> None:
     """Give W_o zeros in place of one head's output, from now on."""
 
     def blank(W_o: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        split = inputs[0].unflatten(-1, (heads.num_heads, -1)).clone()  # (B, T, H, d_k)
+        split = inputs[0].unflatten(-1, (num_heads, -1)).clone()  # (B, T, H, d_k)
         split[:, :, head] = 0
         return split.flatten(2)
 
-    heads.W_o.register_forward_pre_hook(blank)
+    W_o.register_forward_pre_hook(blank)
 
 
 def shuffle(words: Sequence[str], seed: int, positions: bool) -> tuple[list[int], Tensor, Tensor]:
@@ -129,7 +134,7 @@ def score_pairs(model: PairFinder, without: int | None) -> tuple[Tensor, str, Te
     """
     model = copy.deepcopy(model).eval()
     if without is not None:
-        remove_head(model.attention, without)
+        remove_head(model.attention.W_o, model.attention.num_heads, without)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         digits, labels = sample_sequences(1000, unseen=True)
@@ -169,7 +174,8 @@ def switch_off(
     if "times √d_model" in off:
         model.embedding.register_forward_hook(lambda _, __, x: x / math.sqrt(x.shape[-1]))
     if head:
-        remove_head(cast(MultiHeadAttention, model.get_submodule(head[0])), head[1])
+        heads = cast(MultiHeadAttention, model.get_submodule(head[0]))
+        remove_head(heads.W_o, heads.num_heads, head[1])
     return model
 
 
@@ -247,3 +253,80 @@ def watch_beam(
 
     (found,) = search(decode, source, beam, alpha)
     return found, steps
+
+
+def change_gpt(
+    model: GPT,
+    off: Collection[str] = (),
+    theta: float | None = None,
+    head: tuple[int, int] | None = None,
+) -> GPT:
+    """Return a copy without some of GPT_PARTS, and without a head: its layer and number there.
+
+    `theta` replaces the base of the frequencies. The copy shares the weights of the network.
+    """
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    if theta is not None:
+        model.sizes = replace(model.sizes, theta=theta)
+
+    def change(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, cos, sin, mask = inputs
+        if "causal mask" in off:
+            mask = torch.ones(x.shape[1], cos.shape[-2], dtype=torch.bool, device=x.device)
+        if "positions" in off:  # angles of 0
+            cos = torch.ones_like(cos)
+            sin = torch.zeros_like(sin)
+        return x, cos, sin, mask
+
+    for layer in model.layers:
+        layer.register_forward_pre_hook(change)
+    if head:
+        W_o = model.get_submodule(f"layers.{head[0]}.attention.W_o")
+        remove_head(W_o, model.sizes.num_heads, head[1])
+    return model
+
+
+@torch.inference_mode()
+def predict_each(model: GPT, tokens: Sequence[int]) -> Tensor:
+    """Return the bits (T, V) that each token would cost after each of T tokens: -log2 p."""
+    logits = model.eval()(torch.tensor([tokens]))[0]
+    return -logits.log_softmax(dim=-1) / math.log(2)
+
+
+def count_bits(predicted: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return the bits (T - 1,) that each of T tokens but the first costs, from `predict_each`."""
+    return predicted[:-1].gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+
+
+def find_rivals(bits: Tensor, token: int, count: int = 5) -> list[int]:
+    """Return the tokens that cost the fewest of the bits (V,), and `token` if it isn't there."""
+    rivals = bits.topk(min(count, len(bits)), largest=False).indices.tolist()
+    return rivals if token in rivals else [*rivals, token]
+
+
+def sampled_from(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities (V,) by which `sampling.draw_token` draws, from the logits (V,)."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1)
+    logits = (logits - logits.max()) / sampling.temperature
+    if sampling.top_k > 0:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    return logits.softmax(dim=-1)
+
+
+def continue_text(
+    model: GPT, texts: Texts, tokens: Sequence[int], sampling: Sampling, seed: int, limit: int
+) -> list[int]:
+    """Return what the network writes after some tokens, up to a limit or the end of the text.
+
+    The random numbers of step n are the same, whatever the sampling.
+    """
+    context = min(model.sizes.context, len(tokens) + limit)
+    written: list[int] = []
+    for (token,) in next_tokens(model, [tokens], sampling, [seed], context, end=texts.mark):
+        if token is None or token in texts.ends:
+            break
+        written.append(token)
+    return written

@@ -2,27 +2,35 @@
 
 import importlib
 import json
+import math
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import attention
+import gpt
 import transformer
+from decoding.sampling import decode_stream
 from inputs.dates import find_unseen, normalize, sample_dates, split_days
+from inputs.documents import learn_tokenizer, read_documents, standard_library
 from inputs.photo import open_photo, prepare
+from inputs.pretrained import Texts, own_texts
 from inputs.text import PAD
+from running.runs import Run
 from running.shell import open_weights, save_weights
 
 PAIR_STEPS = 500  # as in attention.py
 DATE_EPOCHS = 2  # two thirds of transformer.py's
 DATE_STEPS = DATE_EPOCHS * transformer.BATCHES
+GPT_STEPS = 300  # a seventh of gpt.py's
+LONGEST_TEXT = 192  # tokens of a text, so that each control is answered at once
 LONGEST_DATE = 60  # characters of a date; those of the 26 languages are shorter
 PADS = 4  # behind a date, as if it were in a batch with a longer one
 Model = TypeVar("Model")
@@ -64,6 +72,22 @@ def train_dates(path: Path, tick: Callable[[], object], epochs: int = DATE_EPOCH
     with counting(model, tick):
         list(transformer.train(model, vocabulary, epochs, seed=0))
     save(path, model, {"characters": "".join(vocabulary)})
+
+
+def train_gpt(path: Path, tick: Callable[[], object], steps: int = GPT_STEPS) -> None:
+    """Train and save a network of gpt.py on Python's standard library."""
+    settings = gpt.Settings(steps=steps)
+    documents = read_documents(standard_library())
+    tokenizer = learn_tokenizer(documents.training[::4], settings.vocab_size)
+    corpus = gpt.encode(documents, tokenizer, settings.context)
+    torch.manual_seed(0)
+    model = gpt.GPT(settings.sizes(tokenizer.get_vocab_size()))
+    run = Run(
+        path, model, gpt.make_optimizers(model, settings), {}, epochs=1, save_minutes=math.inf
+    )
+    with counting(model, tick):
+        gpt.train_epoch(run, corpus.tokens, settings)
+    gpt.save_model(path, model, own_texts(tokenizer))
 
 
 def open_pairs(path: Path) -> attention.PairFinder:
@@ -132,6 +156,40 @@ def split_words(sentence: str) -> tuple[list[str], str]:
     if 1 <= len(words) <= attention.MAX_WORDS:
         return words, ""
     return [], f"Write 1 to {attention.MAX_WORDS} words; these are {len(words)}."
+
+
+class Tokens(NamedTuple):
+    """A text, and the tokens of it."""
+
+    text: str
+    ids: list[int]  # those of the text after the mark
+    ends: list[int]  # in the text, of each token but the mark
+
+
+def longest_text(context: int) -> int:
+    """Return how many tokens of a text are read: a quarter of the context stays free after it."""
+    return min(LONGEST_TEXT, 3 * context // 4)
+
+
+def encode_text(text: str, texts: Texts, limit: int) -> tuple[Tokens | None, str]:
+    """Return the tokens of a text, up to a limit, and what is wrong with it."""
+    encoding = texts.tokenizer.encode(text)
+    if not encoding.ids:
+        return None, "Write a text of at least one token."
+    ends = [end for _, end in encoding.offsets[:limit]]
+    tokens = Tokens(text[: ends[-1]], [texts.mark, *encoding.ids[:limit]], ends)
+    count = len(encoding.ids)
+    return tokens, f"These are the first {limit} of {count:,} tokens." if count > limit else ""
+
+
+def name_token(token: int, texts: Texts) -> str:
+    """Return the characters of a token, or the name of a mark."""
+    return texts.tokenizer.decode([token]) or texts.tokenizer.id_to_token(token) or "?"
+
+
+def spell_text(tokens: Sequence[int], texts: Texts, before: Sequence[int]) -> str:
+    """Return the text of tokens that follow others, as gpt.py writes it."""
+    return "".join(decode_stream(texts.tokenizer, tokens, before))
 
 
 def encode_date(text: str, vocabulary: dict[str, int]) -> tuple[Tensor | None, str]:
