@@ -40,14 +40,9 @@ with app.setup:
     OWN = "your own"
     SMOLLM2 = "SmolLM2"
     WRITTEN = 40  # tokens
-    CODE = """\
-def area(width, height):
-    return width * height
-
-
-def volume(width, height, depth):
-    return area(width, height) * depth
-"""
+    TEXT = """\
+The cat sees the dog, and the dog sees the cat.
+The cat runs, and the dog runs after the"""
     FORMULA = "Formula"
     HEADS = "Heads"
     TRANSFORMER = "Transformer"
@@ -77,7 +72,7 @@ def tell_leak(whole: float, without: float) -> str:
     sees = "Without the mask, the network also sees the very token that it should predict."
     if without < whole:
         return f"{sees} Fewer bits, and no better: as it writes, there is no such token yet."
-    return f"{sees} But it was trained with the mask, and finds nothing there in this text."
+    return f"{sees} But it was trained with the mask: in this text, what comes later misleads it."
 
 
 @app.cell
@@ -312,7 +307,7 @@ def _(answer, changed, date, page, source, step, tokens):
 @app.cell
 def _():
     learn_gpt = mo.ui.run_button(label="Train a small language model here (about a minute)")
-    text = mo.ui.text_area(CODE, label="A text", rows=7, debounce=200, full_width=True)
+    text = mo.ui.text_area(TEXT, label="A text", rows=4, debounce=200, full_width=True)
     rotated, hidden = (mo.ui.switch(True, label=name) for name in switches.GPT_PARTS)
     _bases = {"as trained": None} | {f"{10**n:,}": 10.0**n for n in range(1, 7)}
     base = mo.ui.dropdown(_bases, "as trained", label="Base of the frequencies")
@@ -396,8 +391,10 @@ def _(encoded, hidden, predicted, whole_bits):
     bits = switches.count_bits(predicted, encoded.ids)
     _length = len(encoded.text.encode())
     _sums = torch.stack((whole_bits.sum(), bits.sum()))
+    _shares = _sums.unsqueeze(0) / _length
     _names = ["whole network", "as it is now"]
-    _table = heat("Bits per byte of the text", _sums.unsqueeze(0) / _length, ["needed"], _names)
+    _texts = [[f"{share:.3f}" for share in _shares[0].tolist()]]
+    _table = heat("Bits per byte of the text", _shares, ["needed"], _names, _texts)
     _about = f"{len(bits)} tokens cost **{_sums[1]:.1f} bits**, and have {_length} bytes."
     _lesson = [] if hidden.value else [mo.callout(tell_leak(*_sums.tolist()), "warn")]
     mo.vstack([mo.md(_about), mo.Html(_table), *_lesson])
@@ -405,17 +402,16 @@ def _(encoded, hidden, predicted, whole_bits):
 
 
 @app.cell
-def _(bits, encoded, follow):
-    _text = pictures.shaded(encoded.text, encoded.ends, bits.tolist(), follow.value - 1)
-    mo.vstack([mo.Html(_text), follow])
-
-
-@app.cell
-def _(encoded, follow, predicted, texts):
-    _row, _token = predicted[follow.value - 1], encoded.ids[follow.value]
+def _(bits, encoded, follow, predicted, texts):
+    _n = follow.value - 1
+    _row, _token = predicted[_n], encoded.ids[_n + 1]
     _rivals = switches.find_rivals(_row, _token)
     _names = [trained.name_token(token, texts) for token in _rivals]
-    mo.Html(pictures.rivals(_row[_rivals], _names, _rivals.index(_token)))
+    _tables = side_by_side(
+        pictures.shaded(encoded.text, encoded.ends, bits.tolist(), _n),
+        pictures.rivals(_row[_rivals], _names, _rivals.index(_token)),
+    )
+    mo.vstack([follow, mo.Html(_tables)])
 
 
 @app.cell
@@ -438,9 +434,9 @@ def _(changed_model, chance, encoded, plain, predicted, temperature, texts, top_
     _sampling = Sampling(temperature.value, top_k.value, top_p.value)
     _before = (-predicted[-1].double()).exp2()
     _after = switches.sampled_from(_before.log(), _sampling)
-    _likeliest = _before.topk(10).indices
-    _names = [trained.name_token(token, texts) for token in _likeliest.tolist()]
-    _table = pictures.reshaped(_before[_likeliest], _after[_likeliest], _names)
+    _likeliest = _before.topk(10).indices.tolist()
+    _names = {token: trained.name_token(token, texts) for token in _likeliest}
+    _table = pictures.reshaped(_before, _after, _names)
     _written = switches.continue_text(
         changed_model, texts, encoded.ids, _sampling, chance.value, WRITTEN
     )

@@ -2,6 +2,7 @@ import html
 import importlib
 import re
 import runpy
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 
 import attention
+import gpt
 import transformer
+from decoding.sampling import Sampling
 from explorer import pictures, switches, trained
 from inputs.dates import sample_dates, split_days
+from make_models import MODELS
 
 pytest.importorskip("marimo")
 psutil = pytest.importorskip("psutil")  # which marimo brings
@@ -44,13 +48,14 @@ def runs(tmp_path_factory):
             ("transformer", model, {"characters": "".join(vocabulary)}),
         ):
             trained.save(runs / name / "model.safetensors", network, about)
+    shutil.copytree(MODELS / "llama-tied", runs / "gpt")
     (runs / "transformer/metrics.json").write_text('{"epochs": [[1.5, 0.7, 60.0]]}')
     return runs
 
 
-def show(page, runs, **controls):
+def show(page, runs, published=Path("missing"), **controls):
     """Run the notebook as a script, open at a page; return what it shows."""
-    defined = {"page": SimpleNamespace(value=page), "runs": runs}
+    defined = {"page": SimpleNamespace(value=page), "runs": runs, "published": published}
     outputs, _ = explore.app.run(defs=defined | controls)
     shown = "".join(output.text for output in outputs if output is not None)
     return html.unescape(html.unescape(shown))  # attributes are escaped once more
@@ -67,7 +72,9 @@ def test_the_notebook_runs_as_a_script(capsys):
         ("Formula", ["Scores QKᵀ", "Each row adds up to 1", "“cat” followed by hand"]),
         ("Heads", ["The sine pattern", "The largest difference is 0.00", "Head 2"]),
         ("Transformer", ["Its probabilities", "Encoder, from", "200 unseen dates predicted"]),
-        ("Search", ["If it ended here", "transformer: loss", "learning rate", "a garment"]),
+        ("Language model", ["Bits per byte", "shaded by bits", "its rivals", "The next token"]),
+        ("Search", ["If it ended here", "transformer: loss", "learning rate"]),
+        ("Photo", ["Drop a photo of a garment here"]),
     ],
 )
 def test_every_page_shows_what_it_is_for(runs, page, seen):
@@ -122,12 +129,38 @@ def test_a_date_that_is_none_is_answered_by_a_sentence(runs):
 
 
 def test_a_photo_that_is_none_is_answered_by_a_sentence(runs, tmp_path):
-    others = {"beam": control(2), "alpha": control(0.6), "upto": control(3)}
     photo = SimpleNamespace(value=[1], contents=lambda: b"no photo")
-    shown = show("Search", runs, photo=photo, **others)
+    shown = show("Photo", runs, photo=photo)
     assert "This is not a photo of a garment" in shown
-    shown = show("Search", tmp_path, photo=photo, **others)
+    shown = show("Photo", tmp_path, photo=photo)
     assert "train one first" in shown
+
+
+def test_a_published_language_model_stands_in_for_ones_own(runs, tmp_path):
+    shown = show("Language model", runs)
+    assert "your own" in shown and "SmolLM2" not in shown
+    shown = show("Language model", tmp_path)
+    path = tmp_path / "gpt"
+    assert f"There is no network in {str(path)!r} yet." in shown and "Train " in shown
+    assert "Bits per byte" not in shown and "A text" not in shown
+    shown = show("Language model", tmp_path, MODELS / "llama")
+    assert "SmolLM2" in shown and "Train " in shown and "Bits per byte" in shown
+    path.write_text("no folder")
+    shown = show("Language model", tmp_path, path)
+    assert shown.count(f"{path}: ") == 2 and "Bits per byte" not in shown
+
+
+def test_a_text_that_is_none_or_too_long_is_answered_by_a_sentence(runs):
+    names = ("base", "chance", "hidden", "learn_gpt", "rotated", "temperature", "top_p")
+    values = (None, 0, True, False, True, 1.0, 1.0)
+    others = {name: control(value) for name, value in zip(names, values, strict=True)}
+    for text, seen, hidden in (
+        ("", "Write a text", "Bits per byte"),
+        ("ab" * 500, "These are the first 48 of 1,000 tokens", "Write a text"),
+        ("<b>犬</b> $x$\n\u0301", "↵", "Write a text"),
+    ):
+        shown = show("Language model", runs, text=control(text), **others)
+        assert seen in shown and hidden not in shown
 
 
 def expect(page, name, matrix, seconds=30):
@@ -141,6 +174,14 @@ def expect(page, name, matrix, seconds=30):
             assert found == expected
             return
         time.sleep(0.05)
+
+
+def expect_text(locator, text, seconds=30):
+    """Wait until an element has this text."""
+    end = time.monotonic() + seconds
+    while locator.text_content() != text and time.monotonic() < end:
+        time.sleep(0.05)
+    assert locator.text_content() == text
 
 
 class Visit:
@@ -295,7 +336,7 @@ def test_in_the_browser_the_transformer_follows_each_switch(visit, runs):
 
 
 @pytest.mark.slow
-def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
+def test_in_the_browser_the_search_follows_each_switch(visit, runs):
     page = visit.page
     network, vocabulary = transformer.open_model(runs / "transformer/model.safetensors")
     visit.turn_to("Search")
@@ -322,6 +363,83 @@ def test_in_the_browser_the_search_follows_each_switch(visit, runs, tmp_path):
     visit.press(visit.slider("show steps up to"), "Home", "ArrowRight")
     follow(2, 0, 2)
     page.get_by_text("transformer: loss").wait_for()
+
+
+@pytest.mark.slow
+def test_in_the_browser_the_language_model_follows_each_switch(visit, runs):
+    page = visit.page
+    model, texts = gpt.open_model(runs / "gpt")
+    encoded, cut = trained.encode_text(explore.TEXT, texts, 48)
+    ids = encoded.ids
+
+    def follow(changed):
+        length = len(texts.tokenizer.decode(ids).encode())
+        predicted = [switches.predict_each(m, ids) for m in (model, changed)]
+        sums = [switches.count_bits(bits, ids).sum() for bits in predicted]
+        expect(page, "Bits per byte of the text", torch.stack(sums) / length)
+        return predicted[1]
+
+    def follow_token(bits, place, token):
+        rivals = switches.find_rivals(bits[place - 1], token)
+        expected = (-bits[place - 1][rivals]).exp2().unsqueeze(1).expand(-1, 2)
+        expect(page, "and its rivals", expected)
+
+    visit.turn_to("Language model")
+    bits = follow(model)
+    page.get_by_text(cut).wait_for()
+    follow_token(bits, 3, ids[3])
+    visit.press(visit.slider("Follow token"), "ArrowRight")
+    follow_token(bits, 4, ids[4])
+    for part in switches.GPT_PARTS:
+        visit.switch(part)
+        changed = switches.change_gpt(model, [part])
+        follow_token(follow(changed), 4, ids[4])
+        if part == "causal mask":
+            page.get_by_text("Without the mask, the network also sees").wait_for()
+        visit.switch(part)
+    visit.press(page.get_by_label("Base of the frequencies"), "1", "0", "0", "Enter")
+    follow(switches.change_gpt(model, theta=100.0))
+    visit.press(page.get_by_label("Base of the frequencies"), "Home")
+    visit.press(page.get_by_label("Head switched off"), "3")
+    follow(switches.change_gpt(model, head=(0, 2)))
+    visit.press(page.get_by_label("Layer"), "2")
+    follow(switches.change_gpt(model, head=(1, 2)))
+    visit.press(page.get_by_label("Head switched off"), "n")
+    text = page.get_by_label("A text")
+    visit.press(text, "Control+a")
+    page.keyboard.type("add it")
+    ids = [texts.mark, *texts.tokenizer.encode("add it").ids]
+    bits = follow(model)
+    before = (-bits[-1].double()).exp2()
+
+    def follow_sampling(sampling, seed=0):
+        after = switches.sampled_from(before.log(), sampling)
+        shown = before.topk(10).indices
+        matrix = torch.stack((before, after), dim=1)
+        others = matrix.sum(dim=0) - matrix[shown].sum(dim=0)
+        expect(page, "The next token", torch.cat((matrix[shown], others.unsqueeze(0))))
+        written = switches.continue_text(model, texts, ids, sampling, seed, explore.WRITTEN)
+        figure = page.locator("figure", has_text="With the sliders").locator("pre")
+        expect_text(figure, trained.spell_text(written, texts, ids))
+
+    follow_sampling(Sampling(temperature=0.8))
+    visit.press(visit.slider("temperature"), "Home")
+    follow_sampling(Sampling(temperature=0))
+    visit.press(visit.slider("temperature"), "End")
+    follow_sampling(Sampling(temperature=2))
+    visit.press(visit.slider("top-k"), "Home", "ArrowRight")
+    follow_sampling(Sampling(2, top_k=2))
+    visit.press(visit.slider("top-k"), "End")
+    visit.press(visit.slider("top-p"), "ArrowLeft", "ArrowLeft")
+    follow_sampling(Sampling(2, top_p=0.9))
+    visit.press(visit.slider("seed"), "ArrowRight")
+    follow_sampling(Sampling(2, top_p=0.9), seed=1)
+
+
+@pytest.mark.slow
+def test_in_the_browser_a_photo_is_classified(visit, runs, tmp_path):
+    page = visit.page
+    visit.turn_to("Photo")
     photo = Image.new("RGB", (100, 120), "white")
     photo.paste((90, 20, 20), (30, 20, 70, 100))
     photo.save(tmp_path / "photo.png")

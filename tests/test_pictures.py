@@ -41,7 +41,8 @@ def test_a_table_shows_texts():
 
 
 @pytest.mark.parametrize(
-    ("token", "seen"), [(" ", "␣"), ("\u202f", "␣"), ("a", "a"), ("\u0301", "◌\u0301"), ("", "")]
+    ("token", "seen"),
+    [(" ", "␣"), ("\n\t", "↵␣"), ("\u202f", "␣"), ("a", "a"), ("\u0301", "◌\u0301"), ("", "")],
 )
 def test_every_token_can_be_seen(token, seen):
     assert P.visible(token) == seen
@@ -123,3 +124,54 @@ def test_where_it_looks_is_the_row_of_the_step():
     for table, name, row in (*rows, (encoder, "encoder.0.self_attention", top)):
         expected = [f"{w:.4g}" for w in weights[name][:, row].flatten().tolist()]
         assert [exact for _, exact, _ in cells(table)] == expected
+
+
+def test_each_token_of_a_text_is_shaded_by_its_bits():
+    html = P.shaded("a<é\nz", [2, 3, 3, 4, 5], [0.0, 3.0, 2.5, 20.0, 1.0], 2)
+    spans = re.findall(r'<span style="([^"]*)" title="(.*?)">(.*?)</span>', html, re.DOTALL)
+    assert [text for _, _, text in spans] == ["a&lt;", "é", "↵\n", "z"]
+    assert [bits for _, bits, _ in spans] == ["0.00 bits", "5.50 bits", "20.00 bits", "1.00 bits"]
+    shares = [float(re.search(r", ([\d.]+)\)", style)[1]) for style, _, _ in spans]
+    assert shares == pytest.approx([0, 0.75 * 0.55, 0.75, 0.075], abs=0.006)
+    assert ["outline" in style for style, _, _ in spans] == [False, True, False, False]
+
+
+def test_a_text_may_begin_with_a_token_without_characters():
+    assert ">ab</span>" in P.shaded("ab", [0, 2], [1.0, 1.0], 0)
+
+
+def test_rivals_stand_beside_what_was_there():
+    html = P.rivals(torch.tensor([1.0, 2.0, 4.0]), ["<a", " b", "c"], 2)
+    assert [text for _, _, text in cells(html)] == [
+        "50.0%",
+        "1.00",
+        "25.0%",
+        "2.00",
+        "6.2%",
+        "4.00",
+    ]
+    assert re.findall("<th scope=row>(.*?)</th>", html) == ["&lt;a", "␣b", "c (in the text)"]
+    assert "“c” and its rivals" in html
+
+
+def test_probabilities_stand_before_and_after():
+    before = torch.tensor([0.1, 0.5, 0.1, 0.3])
+    html = P.reshaped(before, torch.tensor([0.0, 0.75, 0.0, 0.25]), {1: "x", 3: "\n"})
+    expected = ["50.0%", "75.0%", "30.0%", "25.0%", "20.0%", "0"]
+    assert [text for _, _, text in cells(html)] == expected
+    assert re.findall("<th scope=row>(.*?)</th>", html) == ["x", "↵", "all others"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same", "other"),
+    [
+        ("a<b", "a<c", "a&lt;", "c"),
+        ("a", "a", "a", ""),
+        ("a", "ab", "a", "b"),
+        ("ab", "a", "a", ""),
+    ],
+)
+def test_two_texts_show_where_they_part(first, second, same, other):
+    html = P.two_texts(["one", "two"], [first, second])
+    _, body = re.findall("<pre>(.*?)</pre>", html)
+    assert re.fullmatch("(.*)<span style=.*?>(.*)</span>", body).groups() == (same, other)

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,9 +10,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 import attention
 import explorer.switches as S
+import gpt
 import transformer
+from decoding.sampling import Sampling, draw_token
 from decoding.search import beam_search
 from inputs.dates import sample_dates, share_exact, split_days
+from make_models import MODELS
 
 WORDS = ["the", "cat", "sees", "the", "dog"]
 PAIRS = sample_dates(split_days()[2][:20], Random(2))
@@ -237,3 +241,148 @@ def test_tokens_are_spelled():
     assert [S.letter(token, vocabulary) for token in (0, 1, 2, 3, 4)] == [
         "pad", "start", "end", "?", "a",
     ]  # fmt: skip
+
+
+TOKENS = [0, 7, 200, 31, 31, 90, 7]
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    """A network of two layers, with four heads of queries and two of keys, and its texts."""
+    return gpt.open_model(MODELS / "llama-tied")
+
+
+def norm(x, weight, epsilon):
+    return x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def turn(x, theta):
+    """Rotate x (H, T, d_k) by complex numbers; a base of 0 stands for no rotation."""
+    T, half = x.shape[1], x.shape[2] // 2
+    frequency = theta ** -(torch.arange(half).double() / half) if theta else torch.zeros(half)
+    angle = torch.arange(T).double().outer(frequency.double())
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def by_formula(model, theta=10_000.0, mask=None, head=None):
+    """The logits (T, V) after each of TOKENS, head by head, in float64.
+
+    `mask` (T, T) is causal by default; `head`, a layer and a number, contributes nothing.
+    """
+    W = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    sizes = model.sizes
+    T = len(TOKENS)
+    mask = torch.ones(T, T).tril() if mask is None else mask
+    x = W["embedding.weight"][TOKENS]
+    for n in range(sizes.num_layers):
+        y = norm(x, W[f"layers.{n}.norm1.weight"], sizes.epsilon)
+        Q, K, V = (
+            (y @ W[f"layers.{n}.attention.W_{name}.weight"].T)
+            .view(T, -1, sizes.d_k)
+            .transpose(0, 1)
+            for name in "qkv"
+        )
+        Q = turn(Q, theta)
+        K = turn(K, theta)
+        outputs = []
+        for h in range(sizes.num_heads):
+            kv = h * sizes.num_kv_heads // sizes.num_heads
+            scores = Q[h] @ K[kv].T / math.sqrt(sizes.d_k)
+            weights = scores.masked_fill(mask == 0, -math.inf).softmax(dim=1)
+            outputs.append(weights @ V[kv] * ((n, h) != head))
+        x = x + torch.cat(outputs, dim=1) @ W[f"layers.{n}.attention.W_o.weight"].T
+        y = norm(x, W[f"layers.{n}.norm2.weight"], sizes.epsilon)
+        gate, up, down = (
+            W[f"layers.{n}.feed_forward.W_{name}.weight"] for name in ("gate", "up", "down")
+        )
+        x = x + (F.silu(y @ gate.T) * (y @ up.T)) @ down.T
+    return norm(x, W["norm.weight"], sizes.epsilon) @ W["to_logits.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("switched", "formula"),
+    [
+        ({}, {}),
+        ({"off": ["positions"]}, {"theta": 0}),
+        ({"off": ["causal mask"]}, {"mask": torch.ones(7, 7)}),
+        ({"theta": 100.0}, {"theta": 100.0}),
+        ({"head": (0, 2)}, {"head": (0, 2)}),
+        ({"head": (1, 1)}, {"head": (1, 1)}),
+        (
+            {"off": S.GPT_PARTS, "head": (1, 3)},
+            {"theta": 0, "mask": torch.ones(7, 7), "head": (1, 3)},
+        ),
+    ],
+)
+def test_each_switch_of_a_language_model_does_what_the_formula_says(
+    language_model, switched, formula
+):
+    model, _ = language_model
+    bits = S.predict_each(S.change_gpt(model, **switched), TOKENS)
+    expected = by_formula(model, **formula).log_softmax(dim=-1) / -math.log(2)
+    torch.testing.assert_close(bits.double(), expected, atol=1e-4, rtol=1e-4)
+    if switched:
+        assert (bits - S.predict_each(model, TOKENS)).abs().max() > 0.01
+
+
+def test_a_changed_language_model_takes_no_memory_for_weights(language_model):
+    model, _ = language_model
+    changed = S.change_gpt(model, S.GPT_PARTS, 7.0, (0, 0))
+    assert changed is not model and model.sizes.theta == 10_000
+    for mine, theirs in zip(model.parameters(), changed.parameters(), strict=True):
+        assert mine is theirs
+
+
+def test_the_bits_are_those_that_the_script_measures(language_model):
+    model, _ = language_model
+    bits = S.count_bits(S.predict_each(model, TOKENS), TOKENS)
+    expected = gpt.measure_bits(model, [torch.tensor(TOKENS)])
+    torch.testing.assert_close(bits.double(), expected)
+
+
+def test_rivals_are_the_cheapest_and_what_was_there():
+    bits = torch.tensor([5.0, 1.0, 3.0, 2.0])
+    assert S.find_rivals(bits, 3, count=2) == [1, 3]
+    assert S.find_rivals(bits, 0, count=2) == [1, 3, 0]
+    assert S.find_rivals(bits, 0, count=9) == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [0.5, 0.3, 0.2]),
+        (Sampling(temperature=0.5), [0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38]),
+        (Sampling(temperature=0), [1, 0, 0]),
+        (Sampling(top_k=2), [0.625, 0.375, 0]),
+        (Sampling(top_p=0.4), [1, 0, 0]),
+        (Sampling(top_p=0.7), [0.625, 0.375, 0]),
+        (Sampling(temperature=0.5, top_k=2, top_p=0.7), [1, 0, 0]),
+    ],
+)
+def test_a_token_is_drawn_from_the_probabilities_shown(sampling, expected):
+    logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log() + 7
+    found = S.sampled_from(logits, sampling)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    for seed in range(20):
+        one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+        drawn = draw_token(logits, sampling, one)
+        assert drawn == torch.multinomial(found, 1, generator=other)
+
+
+def test_a_text_goes_on_step_by_step_with_the_same_random_numbers(language_model):
+    model, texts = language_model
+    model = S.change_gpt(model, ["positions"], head=(1, 0))
+    sampling = Sampling(temperature=1.5, top_k=50)
+    generator = torch.Generator().manual_seed(3)
+    tokens = [*TOKENS]
+    for _ in range(12):
+        logits = -S.predict_each(model, tokens)[-1].double() * math.log(2)
+        probabilities = S.sampled_from(logits, sampling)
+        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    written = S.continue_text(model, texts, TOKENS, sampling, 3, limit=12)
+    assert written == tokens[len(TOKENS) :]
+    ending = replace(texts, ends=frozenset({written[4]}))
+    until = written.index(written[4])
+    assert S.continue_text(model, ending, TOKENS, sampling, 3, limit=12) == written[:until]
+    assert S.continue_text(model, texts, TOKENS * 9, sampling, 3, limit=12)[1:] == []  # 64 at most

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 import attention
+import gpt
 import transformer
 from explorer import trained
 from inputs.text import EOS, PAD
+from make_models import MODELS
 
 
 @pytest.mark.parametrize("sentence", ["", "  ", "a " * 11])
@@ -135,3 +137,38 @@ def test_a_photo_is_seen_and_classified(tmp_path):
     trained.save(path, model)
     with pytest.raises(OSError, match="computes no numbers"):
         trained.classify((tmp_path / "photo.png").read_bytes(), path)
+
+
+def test_a_language_model_is_trained_and_opened(tmp_path, monkeypatch):
+    for n in range(40):
+        content = "def add(a, b):\n    return a + b\n" * 9
+        (tmp_path / f"{n}.py").write_text(content)
+    monkeypatch.setattr(trained, "standard_library", lambda: tmp_path)
+    ticks, path = [], tmp_path / "new/gpt"
+    trained.train_gpt(path, lambda: ticks.append(1), steps=3)
+    assert len(ticks) == 3
+    model, texts = gpt.open_model(path)
+    assert model.to_logits.weight.any()  # it begins with zeros
+    tokens, _ = trained.encode_text("return a", texts, 9)
+    assert texts.tokenizer.decode(tokens.ids[1:]) == "return a"
+
+
+def test_a_text_becomes_tokens_up_to_a_limit():
+    _, texts = gpt.open_model(MODELS / "llama")
+    tokens, problem = trained.encode_text("aé\u4e2d", texts, 6)
+    assert tokens.text == "aé\u4e2d" and problem == ""
+    assert tokens.ids[0] == texts.mark and tokens.ends == [1, 2, 2, 3, 3, 3]
+    tokens, problem = trained.encode_text("ab" * 600, texts, 5)
+    assert tokens.text == "ababa" and len(tokens.ids) == 6 and tokens.ends == [1, 2, 3, 4, 5]
+    assert problem == "These are the first 5 of 1,200 tokens."
+    assert trained.encode_text("", texts, 5) == (None, "Write a text of at least one token.")
+    assert [trained.longest_text(context) for context in (2, 64, 256, 8192)] == [1, 48, 192, 192]
+
+
+def test_tokens_have_names_and_spell_a_text():
+    _, texts = gpt.open_model(MODELS / "llama")
+    tokens, _ = trained.encode_text("a é", texts, 9)
+    assert trained.name_token(tokens.ids[1], texts) == "a"
+    assert trained.name_token(texts.mark, texts) == "<|endoftext|>"
+    assert trained.spell_text(tokens.ids[2:], texts, tokens.ids[:2]) == " é"
+    assert trained.name_token(10**6, texts) == "?"

@@ -30,7 +30,7 @@ html {font-size: 16px;}
 .scroll td {padding: 3px 5px; text-align: right; white-space: nowrap; min-width: 25px;
   height: 24px;}
 .scroll figcaption {font-weight: bold; padding: 6px 0;}
-.text {margin: 0; max-width: 100%; min-width: 0;}
+.text {margin: 0; flex: 1 1 280px; max-width: 100%; min-width: 0;}
 .text pre {font: 15px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;}
 .text pre span {padding: 2px 0;}
 .text figcaption {font-weight: bold; padding: 6px 0;}
@@ -251,7 +251,7 @@ def shaded(text: str, ends: Sequence[int], bits: Sequence[float], followed: int)
     legend = " ".join(
         f'<span style="{shade(n, MOST_BITS)}">&nbsp;{n}&nbsp;</span>' for n in range(0, 11, 2)
     )
-    title = "<figcaption>What each token costs</figcaption>"
+    title = "<figcaption>The text, shaded by bits</figcaption>"
     return f'<figure class="text">{title}<pre>{spans}</pre><p>Bits: {legend} or more</p></figure>'
 
 
@@ -282,10 +282,12 @@ def rivals(bits: Tensor, names: Sequence[str], real: int) -> str:
     return heat(title, matrix[:, :1].expand(-1, 2), rows, ["probability", "bits"], texts)
 
 
-def reshaped(before: Tensor, after: Tensor, names: Sequence[str]) -> str:
-    """Return the probabilities of some tokens (N,) before and after sampling's changes."""
-    matrix = torch.stack((before, after), dim=1)
-    matrix = torch.cat((matrix, 1 - matrix.sum(dim=0, keepdim=True)))
-    texts = [[f"{p:.1%}" for p in row] for row in matrix.tolist()]
-    rows = [*map(visible, names), "all others"]
+def reshaped(before: Tensor, after: Tensor, names: dict[int, str]) -> str:
+    """Return the probabilities (V,) before and after sampling's changes, of some tokens by name."""
+    both = torch.stack((before, after), dim=1)  # (V, 2)
+    shown = torch.tensor([*names])
+    others = both.index_fill(0, shown, 0).sum(dim=0, keepdim=True)
+    matrix = torch.cat((both[shown], others))
+    texts = [[f"{p:.1%}" if p else "0" for p in row] for row in matrix.tolist()]
+    rows = [*map(visible, names.values()), "all others"]
     return heat("The next token", matrix, rows, ["as predicted", "with the sliders"], texts)
