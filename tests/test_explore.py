@@ -28,6 +28,7 @@ screens = importlib.import_module("screens")
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = attention.SENTENCE.split()
+PATIENCE = 120  # seconds, for a busy machine
 DATE = "12 de octubre de 1968"
 
 
@@ -163,7 +164,7 @@ def test_a_text_that_is_none_or_too_long_is_answered_by_a_sentence(runs):
         assert seen in shown and hidden not in shown
 
 
-def expect(page, name, matrix, seconds=30):
+def expect(page, name, matrix, seconds=PATIENCE):
     """Wait until a table has these numbers."""
     expected, end = [f"{x:.4g}" for x in matrix.flatten().tolist()], time.monotonic() + seconds
     while True:
@@ -176,7 +177,7 @@ def expect(page, name, matrix, seconds=30):
         time.sleep(0.05)
 
 
-def expect_text(locator, text, seconds=30):
+def expect_text(locator, text, seconds=PATIENCE):
     """Wait until an element has this text."""
     end = time.monotonic() + seconds
     while locator.text_content() != text and time.monotonic() < end:
@@ -192,7 +193,8 @@ class Visit:
         page.on("request", lambda request: self.asked.add(request.url))
         page.on("websocket", lambda opened: self.asked.add(opened.url))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        screens.open_page(page, address)
+        page.set_default_timeout(1000 * PATIENCE)
+        screens.open_page(page, address, PATIENCE)
 
     def turn_to(self, name):
         self.press(self.page.get_by_label("Page", exact=True), name[0])
