@@ -523,6 +523,13 @@ def set_rates(optimizers: Sequence[Optimizer], step: int, settings: Settings) ->
         optimizer.param_groups[0]["lr"] = rate * factor
 
 
+def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return the mean cross-entropy, in nats, of the tokens of windows (B, T + 1) but the first."""
+    logits = model(windows[:, :-1])
+    labels = windows[:, 1:]  # shifted by one: after each token comes the next
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
 def steps_of(epoch: int, settings: Settings) -> range:
     """Return the steps from one validation to the next."""
     first = epoch * settings.interval
@@ -539,19 +546,16 @@ def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Setti
     width = settings.context + 1
     order = Windows(len(tokens), width, run.seed)
     for step in run.steps(steps_of(run.progress.epoch, settings)):
-        if run.progress.step == settings.fall:
+        if step == settings.fall:
             run.keep(BEFORE_FALL)
-        set_rates(run.optimizers, run.progress.step, settings)
+        set_rates(run.optimizers, step, settings)
         starts = order.draw(step * settings.batch_size, settings.batch_size)
         model.zero_grad()
         total = torch.zeros((), device=run.device)
         for part, weight in own_parts(model, starts, settings.part_size):
-            windows = tokens[part.unsqueeze(1) + torch.arange(width)]  # (B, T + 1)
-            windows = windows.to(run.device).long()
+            windows = tokens[part.unsqueeze(1) + torch.arange(width)].to(run.device)  # (B, T + 1)
             with autocast(run.device):
-                logits = model(windows[:, :-1])
-            labels = windows[:, 1:]  # shifted by one: after each token comes the next
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) * weight
+                loss = next_token_loss(model, windows.long()) * weight
             loss.backward()
             total += loss.detach()
         if settings.clip > 0:

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -441,53 +440,44 @@ def train(run, prepared, settings=SETTINGS):
     return [row[:3] for row in G.train(run, corpus, texts, settings)]
 
 
-class Watched:
-    """What `train_epoch` needs of a run; it keeps losses and gradients, and takes no step."""
-
-    def __init__(self, model, device="cpu"):
-        self.model = model
-        self.device = torch.device(device)
-        self.optimizers = [SimpleNamespace(param_groups=[{}], step=lambda: None) for _ in (1, 2)]
-        self.epochs = 1
-        self.seed = 0
-        self.progress = SimpleNamespace(epoch=0, step=0)
-        self.losses = []
-        self.gradients = []
-
-    def steps(self, batches):
-        for self.progress.step, batch in enumerate(batches):
-            self.batch = batch
-            yield batch
-
-    def add(self, loss, count):
-        self.losses.append((self.batch, loss.detach()))
-        self.gradients.append([p.grad.clone() for p in self.model.parameters()])
-
-
 def test_each_token_of_a_window_predicts_the_next():
-    settings = replace(SETTINGS, context=5, steps=2, batch_size=3)
-    model, tokens = make(), draw(40)
-    run = Watched(model)
-    G.train_epoch(run, tokens, settings)
-    assert len(run.losses) == 2
-    for (batch, loss), found in zip(run.losses, run.gradients, strict=True):
+    model = make()
+    for B, T in ((1, 1), (3, 5)):
+        windows = draw(B, T + 1)
         costs = []
-        for begin in batch.tolist():
-            for t in range(5):
-                log_p = model(tokens[None, begin : begin + t + 1])[0, -1].log_softmax(dim=-1)
-                costs.append(-log_p[tokens[begin + t + 1]])
+        for b in range(B):
+            for t in range(T):
+                log_p = model(windows[b : b + 1, : t + 1])[0, -1].log_softmax(dim=-1)
+                costs.append(-log_p[windows[b, t + 1]])
         expected = torch.stack(costs).mean()
-        torch.testing.assert_close(loss, expected.detach())
-        gradients = torch.autograd.grad(expected, [*model.parameters()])
-        torch.testing.assert_close(found, [*gradients])
+        loss = G.next_token_loss(model, windows)
+        torch.testing.assert_close(loss, expected)
+        found, gradients = (torch.autograd.grad(x, [*model.parameters()]) for x in (loss, expected))
+        torch.testing.assert_close(found, gradients)
 
 
-def test_windows_go_to_the_device_of_the_run():
-    settings = replace(SETTINGS, context=5, steps=1, batch_size=3)
-    run = Watched(G.GPT(TINY).to("meta"), "meta")
-    G.train_epoch(run, draw(40), settings)
-    ((_, loss),) = run.losses
+def test_the_loss_stays_on_the_device_of_the_network():
+    model = G.GPT(TINY).to("meta")
+    loss = G.next_token_loss(model, draw(3, 6).to("meta"))
     assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
+
+
+def test_a_step_learns_from_its_own_windows(tmp_path, prepared, monkeypatch):
+    _, corpus = prepared
+    seen = []
+    loss_of = G.next_token_loss
+
+    def watched(model, windows):
+        seen.append(windows)
+        return loss_of(model, windows)
+
+    monkeypatch.setattr(G, "next_token_loss", watched)
+    run = start(tmp_path / "out", prepared)
+    train(run, prepared)
+    order = G.Windows(len(corpus.tokens), SETTINGS.context + 1, run.seed)
+    starts = order.draw(0, SETTINGS.steps * SETTINGS.batch_size)
+    expected = [corpus.tokens[i : i + SETTINGS.context + 1].long() for i in starts]
+    assert torch.equal(torch.cat(seen), torch.stack(expected))
 
 
 @pytest.mark.parametrize("stop_at", [1, 6])

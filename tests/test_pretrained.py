@@ -10,7 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import gpt as G
-from inputs.documents import MARK, learn_tokenizer
+from inputs.documents import MARK, MARK_ID, learn_tokenizer
 from inputs.pretrained import published_name, read_config
 from make_models import FOLDERS, MODELS, SCALING, SIZES, TEXT, assert_close, draw_weights, loss_of
 
@@ -232,7 +232,7 @@ def test_infinite_weights_are_refused(folder):
 
 def test_a_mark_is_named_by_the_vocabulary_or_the_configs(folder):
     change(folder / "config.json", bos_token_id=7)
-    assert G.open_model(folder)[1].mark == G.MARK_ID
+    assert G.open_model(folder)[1].mark == MARK_ID
     rename_mark(folder)
     assert G.open_model(folder)[1].mark == 7
     change(folder / "config.json", bos_token_id=None)

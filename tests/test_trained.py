@@ -143,7 +143,8 @@ def test_a_language_model_is_trained_and_opened(tmp_path, monkeypatch):
     for n in range(40):
         content = "def add(a, b):\n    return a + b\n" * 9
         (tmp_path / f"{n}.py").write_text(content)
-    monkeypatch.setattr(trained, "standard_library", lambda: tmp_path)
+    text = gpt.Text(tmp_path, gpt.PYTHON)
+    monkeypatch.setattr(trained, "standard_library", lambda: text)
     ticks, path = [], tmp_path / "new/gpt"
     trained.train_gpt(path, lambda: ticks.append(1), steps=3)
     assert len(ticks) == 3

@@ -9,18 +9,12 @@ from exercises import gpt_trials as trials
 from exercises import holes, judge
 
 TASKS = holes.read_tasks()
-STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def few_steps():
-    """Train only until the numbers differ."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(trials, "ROOT", holes.ROOT / "tests")  # where no network is
-    small = trials.train_small
-    patch.setattr(trials, "train_small", lambda module, _: small(module, STEPS))
-    yield
-    patch.undo()
+@pytest.fixture
+def no_network(monkeypatch):
+    """Let each trial train its own network, whatever is in runs/."""
+    monkeypatch.setattr(trials, "ROOT", holes.ROOT / "tests")
 
 
 def task_of(trial):
@@ -49,7 +43,8 @@ def test_a_list_hides_the_layers(tmp_path, monkeypatch):
     assert right.parameters > 30 * wrong.parameters
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("trial", ["layout", "tiled_heads"])
 def test_weights_from_elsewhere_need_more_bits(trial, tmp_path, monkeypatch):
     wrong, right = both(trial, tmp_path, monkeypatch)
@@ -57,7 +52,8 @@ def test_weights_from_elsewhere_need_more_bits(trial, tmp_path, monkeypatch):
     assert right.bits < 8
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 def test_prompts_get_the_masks_of_others(tmp_path, monkeypatch):
     wrong, right = both("mask_of_heads", tmp_path, monkeypatch)
     assert wrong.differ > right.differ == 0
@@ -65,14 +61,16 @@ def test_prompts_get_the_masks_of_others(tmp_path, monkeypatch):
     assert right.error == "no error"
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 def test_the_future_is_copied(tmp_path, monkeypatch):
     wrong, right = both("no_causal_mask", tmp_path, monkeypatch)
     assert right.bits == pytest.approx(right.alone, rel=1e-4)
     assert not math.isclose(wrong.bits, wrong.alone, rel_tol=1e-3)
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 def test_the_same_token_is_predicted_again(tmp_path, monkeypatch):
     wrong, right = both("unshifted_labels", tmp_path, monkeypatch)
     assert wrong.loss < right.loss
@@ -80,14 +78,16 @@ def test_the_same_token_is_predicted_again(tmp_path, monkeypatch):
     assert wrong.kinds == 1
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 def test_only_the_cache_is_wrong(tmp_path, monkeypatch):
     wrong, right = both("position_of_queries", tmp_path, monkeypatch)
     assert wrong.bits == pytest.approx(right.bits)
     assert right.same == right.written == wrong.written > wrong.same
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 def test_less_than_p_is_kept(tmp_path, monkeypatch):
     wrong, right = both("crossing_token", tmp_path, monkeypatch)
     assert right.below == 0

@@ -22,7 +22,7 @@ STEPS = 120
 CONTEXT = 32  # tokens of the small network
 MEASURED = 1500  # characters of a text
 WRITTEN = 24  # tokens
-NO_END = -1  # no token, so that no text ends early
+MARK = 0  # the token before each document, which also ends one
 
 
 def text_path(module: Any) -> Path:
@@ -74,8 +74,7 @@ def trained(
 def measured_tokens(module: Any, tokenizer: Any) -> tuple[Tensor, int]:
     """Return the tokens of the beginning of TEXT, after a mark, and its bytes."""
     text = text_path(module).read_text(encoding="utf-8")[:MEASURED]
-    mark = module.own_texts(tokenizer).mark
-    return torch.tensor([mark, *tokenizer.encode(text).ids]), len(text.encode())
+    return torch.tensor([MARK, *tokenizer.encode(text).ids]), len(text.encode())
 
 
 def bits_per_byte(module: Any, model: Any, tokenizer: Any) -> float:
@@ -88,7 +87,7 @@ def write(module: Any, model: Any, prompts: Sequence[Sequence[int]], cached: boo
     """Continue prompts by the likeliest tokens; return the tokens of each."""
     context = max(map(len, prompts)) + WRITTEN
     columns = module.next_tokens(
-        model, prompts, module.Sampling(0), range(len(prompts)), context, NO_END, cached
+        model, prompts, module.Sampling(0), range(len(prompts)), context, MARK, cached
     )
     rows = zip(*columns, strict=True)
     return [[token for token in row if token is not None][:WRITTEN] for row in rows]

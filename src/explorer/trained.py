@@ -19,11 +19,10 @@ import gpt
 import transformer
 from decoding.sampling import decode_stream
 from inputs.dates import find_unseen, normalize, sample_dates, split_days
-from inputs.documents import learn_tokenizer, read_documents, standard_library
+from inputs.documents import standard_library
 from inputs.photo import open_photo, prepare
-from inputs.pretrained import Texts, own_texts
+from inputs.pretrained import Texts
 from inputs.text import PAD
-from running.runs import Run
 from running.shell import open_weights, save_weights
 
 PAIR_STEPS = 500  # as in attention.py
@@ -76,18 +75,14 @@ def train_dates(path: Path, tick: Callable[[], object], epochs: int = DATE_EPOCH
 
 def train_gpt(path: Path, tick: Callable[[], object], steps: int = GPT_STEPS) -> None:
     """Train and save a network of gpt.py on Python's standard library."""
-    settings = gpt.Settings(steps=steps)
-    documents = read_documents(standard_library())
-    tokenizer = learn_tokenizer(documents.training[::4], settings.vocab_size)
-    corpus = gpt.encode(documents, tokenizer, settings.context)
-    torch.manual_seed(0)
-    model = gpt.GPT(settings.sizes(tokenizer.get_vocab_size()))
-    run = Run(
-        path, model, gpt.make_optimizers(model, settings), {}, epochs=1, save_minutes=math.inf
-    )
-    with counting(model, tick):
-        gpt.train_epoch(run, corpus.tokens, settings)
-    gpt.save_model(path, model, own_texts(tokenizer))
+    settings = gpt.Settings(steps=steps, interval=steps)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, texts, corpus = gpt.begin(None, standard_library(), settings, folder / "corpus", 0)
+        run = gpt.make_run(folder, model, {}, settings, seed=0, save_minutes=math.inf)
+        with counting(model, tick):
+            gpt.train_epoch(run, model, corpus.tokens, settings)
+    gpt.save_model(path, model, texts)
 
 
 def open_pairs(path: Path) -> attention.PairFinder:
