@@ -39,7 +39,7 @@ with app.setup:
     PUBLISHED = Path("data/smollm2")  # where `make smollm2` puts it
     OWN = "your own"
     SMOLLM2 = "SmolLM2"
-    WRITTEN = 40  # tokens
+    WRITTEN = 32  # tokens
     TEXT = """\
 The cat sees the dog, and the dog sees the cat.
 The cat runs, and the dog runs after the"""
