@@ -30,7 +30,7 @@ html {font-size: 16px;}
 .scroll td {padding: 3px 5px; text-align: right; white-space: nowrap; min-width: 25px;
   height: 24px;}
 .scroll figcaption {font-weight: bold; padding: 6px 0;}
-.text {margin: 0; flex: 1 1 280px; max-width: 100%; min-width: 0;}
+.text {margin: 0; flex: 1 1 280px; max-width: min(100%, 36em); min-width: 0;}
 .text pre {font: 15px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;}
 .text pre span {padding: 2px 0;}
 .text figcaption {font-weight: bold; padding: 6px 0;}
