@@ -183,7 +183,7 @@ class Attention(nn.Module):
         self.W_k = nn.Linear(sizes.d_model, d_kv, bias=sizes.qkv_bias)
         self.W_v = nn.Linear(sizes.d_model, d_kv, bias=sizes.qkv_bias)
         self.W_o = nn.Linear(d_q, sizes.d_model, bias=False)
-        nn.init.zeros_(self.W_o.weight)  # adds nothing at first, but its gradient is not 0
+        nn.init.zeros_(self.W_o.weight)  # adds nothing at first
         self.norm_q = nn.RMSNorm(sizes.d_k, sizes.epsilon) if sizes.qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(sizes.d_k, sizes.epsilon) if sizes.qk_norm else nn.Identity()
 
