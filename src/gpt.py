@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from torch.optim import Optimizer
 from decoding.chat import Conversation, Writer
 from decoding.sampling import Sampling, decode_stream, next_tokens, until
 from decoding.search import autocast
-from decoding.zipping import unzip_bytes, zip_bytes
+from decoding.zipping import LONGEST_WINDOW, unzip_bytes, zip_bytes
 from inputs.documents import (
     Corpus,
     Text,
@@ -89,6 +90,7 @@ RESULTS = (
 SAMPLES = 20
 PYTHON = ("*.py",)  # the files of a folder, unless --glob says otherwise
 LONGEST_SAMPLE = 256  # tokens
+SAMPLE_TEMPERATURE = 0.8
 AT_ONCE = 8192  # tokens are measured
 LOGITS = 1 << 23  # at once: with a large vocabulary, those of all tokens would fill the memory
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -305,11 +307,10 @@ class LoRA(nn.Module):
         return self.linear(x) + self.B(self.A(x))
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """Return one linear layer that does the same."""
-        linear = copy.deepcopy(self.linear)
-        linear.weight += self.B.weight @ self.A.weight
-        return linear
+    def merge(self) -> nn.Linear:
+        """Add B A to W; return that linear layer, which alone does the same then."""
+        self.linear.weight += self.B.weight @ self.A.weight
+        return self.linear
 
 
 def parts_of_layers(model: GPT) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -323,7 +324,7 @@ def add_lora(model: GPT, rank: int) -> None:
     model.requires_grad_(False)
     for owner, name, part in parts_of_layers(model):
         if isinstance(part, nn.Linear):
-            setattr(owner, name, LoRA(part, rank))
+            setattr(owner, name, LoRA(part, rank).to(part.weight.device))
 
 
 def merge_lora(model: GPT) -> GPT:
@@ -333,7 +334,7 @@ def merge_lora(model: GPT) -> GPT:
     merged = copy.deepcopy(model)
     for owner, name, part in parts_of_layers(merged):
         if isinstance(part, LoRA):
-            setattr(owner, name, part.merged())
+            setattr(owner, name, part.merge())
     return merged
 
 
@@ -494,7 +495,7 @@ def check_length(corpus: Corpus, context: int) -> None:
 
 
 def make_optimizers(model: GPT, settings: Settings) -> list[Optimizer]:
-    """Return Muon for the matrices of the layers, and AdamW for all else.
+    """Return Muon, or AdamW, for the layers' matrices that learn, and AdamW for all else that does.
 
     Muon (Jordan et al. 2024) makes a matrix's step equally long in every direction.
     """
@@ -530,10 +531,12 @@ def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def steps_of(epoch: int, settings: Settings) -> range:
-    """Return the steps from one validation to the next."""
-    first = epoch * settings.interval
-    return range(first, min(first + settings.interval, settings.steps))
+def steps_of(first: int, epoch: int, settings: Settings) -> range:
+    """Return the steps of an epoch, up to its validation, from its first one on.
+
+    Of a run that was lengthened, an epoch may begin early, where the shorter run ended.
+    """
+    return range(first, min((epoch + 1) * settings.interval, settings.steps))
 
 
 def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Settings) -> None:
@@ -545,7 +548,8 @@ def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Setti
     model.train()
     width = settings.context + 1
     order = Windows(len(tokens), width, run.seed)
-    for step in run.steps(steps_of(run.progress.epoch, settings)):
+    first = run.progress.step - run.progress.batch
+    for step in run.steps(steps_of(first, run.progress.epoch, settings)):
         if step == settings.fall:
             run.keep(BEFORE_FALL)
         set_rates(run.optimizers, step, settings)
@@ -570,10 +574,11 @@ def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
     """Return how many bits each token costs, -log2 of its probability, but for the marks.
 
     The tokens of all documents stand end to end. A document is cut into windows of the context's
-    size, which don't overlap: at the start of one, the network knows only the token before.
+    size, LONGEST_WINDOW at most, which don't overlap: at the start of one, the network knows only
+    the token before.
     """
     model.eval()
-    context = model.sizes.context
+    context = min(model.sizes.context, LONGEST_WINDOW)
     count = max(1, AT_ONCE // context)
     size = LOGITS // model.sizes.vocab_size
     device = model.embedding.weight.device
@@ -620,30 +625,35 @@ def train(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Settings) -> It
 
 def compress(content: bytes, given: bytes = b"") -> dict[str, float]:
     """Return the bits per byte that compressors need, alone and given another content before."""
+    texts = (content, given + content, given) if given else (content,)
     with ThreadPoolExecutor() as pool:
-        sizes = {
-            name: [pool.submit(method, text) for text in (content, given + content, given)]
+        futures = {
+            name: [pool.submit(method, text) for text in texts]
             for name, method in COMPRESSORS.items()
         }
     bits = 8 / len(content)
     found = {}
-    for name, futures in sizes.items():
-        size, size_of_both, size_of_given = (len(future.result()) for future in futures)
+    for name, those in futures.items():
+        size, *sizes = (len(future.result()) for future in those)
         found[name] = bits * size
         if given:
+            size_of_both, size_of_given = sizes
             found[f"{name}, given the training files"] = bits * (size_of_both - size_of_given)
     return found
 
 
 def sample(model: GPT, texts: Texts, count: int, seed: int) -> list[str]:
-    """Return documents that the network writes from nothing, up to its context."""
+    """Return documents that the network writes from nothing, of LONGEST_SAMPLE tokens at most."""
     prompts = [[texts.mark]] * count
     seeds = range(seed, seed + count)
     length = min(model.sizes.context, LONGEST_SAMPLE)
-    columns = next_tokens(model, prompts, Sampling(temperature=0.8), seeds, length, end=texts.mark)
-    rows = zip(*columns, strict=True)
-    written = [[token for token in row if token is not None] for row in rows]
-    return [texts.tokenizer.decode(tokens) for tokens in written]
+    sampling = Sampling(SAMPLE_TEMPERATURE)
+    columns = next_tokens(model, prompts, sampling, seeds, length, end=texts.mark)
+    ends = {None, *texts.ends}
+    rows = [
+        [*takewhile(lambda token: token not in ends, row)] for row in zip(*columns, strict=True)
+    ]
+    return [texts.tokenizer.decode(row) for row in rows]
 
 
 def save_results(
@@ -676,13 +686,8 @@ def save_results(
     return bits, compressors, written
 
 
-def show_training(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Settings) -> None:
-    """Train; in the first process, print sizes, and the results of each epoch as it ends."""
-    rank, _ = rank_and_world()
-    if rank > 0:
-        for _ in train(run, corpus, texts, settings):
-            pass
-        return
+def show_sizes(run: Run[GPT], corpus: Corpus) -> None:
+    """Print the sizes of network and text."""
     if corpus.left_out:
         say(f"left out: {corpus.left_out}")
     count = sum(p.numel() for p in run.model.parameters())
@@ -690,17 +695,24 @@ def show_training(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Setting
     print(f"{count:,} parameters on {run.device}, {len(corpus.tokens):,} tokens")
     if learning < count:
         print(f"{learning:,} of the parameters learn")
-    print()
+    print("\nsteps  training loss  validation loss  bits per byte  seconds", flush=True)
+
+
+def show_training(run: Run[GPT], corpus: Corpus, texts: Texts, settings: Settings) -> None:
+    """Train; in the first process, print sizes, and the results of each epoch as it ends."""
+    rank, _ = rank_and_world()
+    if rank == 0:
+        show_sizes(run, corpus)
     held_out = sum(len(ids) - 1 for ids in corpus.held_out)
     bits_per_nat = held_out / corpus.held_out_bytes / math.log(2)
-    print("steps  training loss  validation loss  bits per byte  seconds", flush=True)
     for _, training, validation, seconds in train(run, corpus, texts, settings):
         bits = validation * bits_per_nat
-        print(
-            f"{run.progress.step:5}  {training:13.4f}  {validation:15.4f}  {bits:13.4f}"
-            f"  {seconds:7.1f}",
-            flush=True,
-        )
+        if rank == 0:
+            print(
+                f"{run.progress.step:5}  {training:13.4f}  {validation:15.4f}  {bits:13.4f}"
+                f"  {seconds:7.1f}",
+                flush=True,
+            )
 
 
 def show_compressors(bits: float, compressors: dict[str, float]) -> None:
@@ -721,7 +733,7 @@ def show_results(run: Run[GPT], corpus: Corpus, texts: Texts) -> None:
     print(f"\nBits per byte of {corpus.held_out_bytes:,} bytes that were held out")
     show_compressors(bits, compressors)
     for text in written[:3]:
-        print(f"\n--- a sample at temperature 0.8\n{printable_lines(text)}")
+        print(f"\n--- a sample at temperature {SAMPLE_TEMPERATURE}\n{printable_lines(text)}")
 
 
 def show_writing(
@@ -876,7 +888,7 @@ def show_unzipping(model: GPT, published: Published, path: Path, force: bool) ->
 
 
 def prompt(text: str) -> str:
-    """Parse --write."""
+    """Parse --write and --stop."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     if not is_utf8(text):
@@ -931,8 +943,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
         settings = read_settings(args, preset)
     except ValueError as error:
         parser.error(f"argument {error}")
-    if settings.lora_rank > 0 and args.model is None:
-        parser.error("argument --lora-rank: needs --model")
+    if settings.lora_rank > 0 and not trained_on:
+        parser.error("argument --lora-rank (which is not 0 in the preset lora): needs --model")
+    if trained_on and args.out.resolve() in (args.model.resolve(), *args.model.resolve().parents):
+        parser.error("argument --out: must be another folder than that of --model")
     return args, settings
 
 
@@ -948,6 +962,7 @@ def begin_anew(text: Text, settings: Settings, cache: Path, seed: int) -> tuple[
 def go_on(path: Path, text: Text, cache: Path) -> tuple[GPT, Texts, Corpus]:
     """Open a published network, and encode the text for it."""
     model, texts = by_each(lambda: open_model(path))
+    make_config(asdict(model.sizes), texts)  # refuses now what could not be saved after training
     tokenizer = texts.tokenizer
     size = tokenizer.get_vocab_size()
     folder = by_first(lambda: prepare_documents(text, size, cache, tokenizer, texts.mark))
@@ -991,8 +1006,9 @@ def make_run(
     seed: int,
     save_minutes: float = 10.0,
 ) -> Run[GPT]:
-    """Make the optimizers of a network, and the run that trains it."""
+    """Return the run that trains a network, with its optimizers and, if that is set, LoRA."""
     if settings.lora_rank > 0:
+        torch.manual_seed(seed)
         add_lora(model, settings.lora_rank)
     optimizers = make_optimizers(model, settings)
     epochs = math.ceil(settings.steps / settings.interval)

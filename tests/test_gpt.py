@@ -524,7 +524,11 @@ def test_it_learns_and_the_validation_is_that_of_the_saved_network(tmp_path, pre
 
 def test_a_run_is_cut_at_each_validation():
     settings = replace(SETTINGS, steps=10, interval=4)
-    assert [list(G.steps_of(n, settings)) for n in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [list(G.steps_of(4 * n, n, settings)) for n in range(3)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
 
 
 def test_a_run_whose_text_has_changed_is_not_resumed(run_script, tmp_path):

@@ -56,6 +56,12 @@ def test_merged_lora_is_w_plus_b_a(published):
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0)  # as it was
 
 
+def test_lora_is_made_where_the_weights_are():
+    model = G.GPT(G.Sizes(264, 8, 1, 2, 2, 4, 8, 8, tied=True)).to("meta")
+    G.add_lora(model, 2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_without_lora_nothing_is_merged(published):
     assert G.merge_lora(published[0]) is published[0]
 
@@ -105,6 +111,17 @@ def test_a_run_is_lengthened_from_before_its_rates_fall(tmp_path, prepared, caps
     found = train(run, prepared, long)
     assert [row[:3] for row in run.progress.rows] == expected
     assert len(found) == len(expected) - 2
+
+
+def test_a_run_is_lengthened_where_an_epoch_was_short(tmp_path, prepared):  # noqa: F811
+    short = replace(SETTINGS, steps=3)
+    train(start(tmp_path, prepared, settings=short), prepared, short)
+    long = replace(SETTINGS, steps=6)
+    run = start(tmp_path, prepared, settings=long)
+    run.resume()
+    train(run, prepared, long)
+    assert run.progress.step == 6
+    assert len(run.progress.rows) == 3
 
 
 def test_clipped_gradients_and_decayed_matrices(tmp_path, prepared):  # noqa: F811
@@ -158,7 +175,8 @@ def test_tuning_as_a_person_runs_it(run_script, tmp_path, data):  # noqa: F811
     for options, status, message in (
         (("--model", model), 2, "argument --model: needs --write"),
         (("--model", model, "--data", data, "--d-model", 8), 2, "--d-model: not allowed with"),
-        (("--lora-rank", 8), 2, "--lora-rank: needs --model"),
+        (("--lora-rank", 8), 2, "in the preset lora): needs --model"),
+        (("--model", model, "--data", data, "--out", model), 2, "--out: must be another folder"),
         (("--model", model, "--data", data, "--context", 65), 1, "takes 64 tokens at most"),
     ):
         refused = run_script("gpt.py", *options, "--restart")

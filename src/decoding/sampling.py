@@ -1,7 +1,7 @@
 """Sampling: continue prompts, drawing each next token from what the network expects.
 
-gpt.py uses it. Several prompts of different lengths are continued at once, each as if it were
-alone: it has its own positions, its own random numbers, and its own end.
+gpt.py, chat.py and the explorer use it. Several prompts of different lengths are continued at once,
+each as if it were alone: it has its own positions, its own random numbers, and its own end.
 """
 
 import math

@@ -33,6 +33,7 @@ FIELDS = struct.Struct("<8sQQIB")  # of Header, and the length of its conditions
 # Others may round otherwise, or cut a text into other tokens.
 CONDITIONS = ("torch", "tokenizers", "--device", "OMP_NUM_THREADS")
 ANY_BYTE = cumulate(np.ones(256, dtype=np.int64))
+LONGEST_WINDOW = 8192  # tokens: of a longer context, the attention would take too much memory
 TIMED = 5  # steps, after one to warm up
 
 
@@ -138,7 +139,7 @@ def predictions(model: PublishedModel, mark_id: int) -> Generator[np.ndarray, in
     token: int | None = mark_id
     while True:
         with Cache(cast(nn.Module, model)) as cache:
-            for _ in range(model.sizes.context):
+            for _ in range(min(model.sizes.context, LONGEST_WINDOW)):
                 token = yield predict(model, [token], cache)
 
 
@@ -165,7 +166,7 @@ def code_items(
 def measure_step(model: PublishedModel, mark_id: int, count: int) -> float:
     """Return how many seconds each of `count` steps takes: one in the middle, as on average."""
     model.eval()
-    window = min(count, model.sizes.context)
+    window = min(count, model.sizes.context, LONGEST_WINDOW)
     seconds = []
     with Cache(cast(nn.Module, model)) as cache:
         predict(model, [mark_id] * (window // 2 + 1), cache)

@@ -182,7 +182,7 @@ def read_halves(path: Path) -> Iterator[tuple[bool, str]]:
         cut = min(left, len(part))
         left -= cut
         if 0 < cut < len(part):
-            cut = part.find("\n", cut) + 1 or cut
+            cut = part.find("\n", cut, -1) + 1 or cut
         if cut:
             yield False, part[:cut]
         if cut < len(part):
@@ -456,7 +456,8 @@ def choose_held_out(tokens: np.ndarray, ends: np.ndarray) -> tuple[list[Tensor],
     chosen = []
     size = 0
     stride = 1 + int(ends[-1, 1]) // MEASURED
-    for number in range(0, len(ends), stride):
+    with_text = np.flatnonzero(np.diff(ends[:, 1], prepend=0))
+    for number in with_text[::stride].tolist():
         start, before = ends[number - 1] if number else (0, 0)
         end, after = ends[number]
         chosen.append(torch.from_numpy(tokens[start:end].astype(np.int64)))

@@ -31,10 +31,10 @@ RARE = re.compile("[\U00010000-\U0001f2ff\U0001fb00-\U0010ffff]")
 KNOWN = 1 << 26  # characters in the pieces that one process remembers, at most
 OVERHEAD = 100  # what remembering a piece costs besides, in characters
 
-Job = TypeVar("Job", bound="Texts")
+AnyJob = TypeVar("AnyJob", bound="HasTexts")
 
 
-class Texts(Protocol):
+class HasTexts(Protocol):
     """Anything that holds texts to encode."""
 
     @property
@@ -139,8 +139,8 @@ def serving(encoder: Encoder, count: int) -> Iterator[list[Connection]]:
 
 
 def encode_by_all(
-    encoder: Encoder, jobs: Iterable[Job], processes: int
-) -> Iterator[tuple[Job, list[bytes]]]:
+    encoder: Encoder, jobs: Iterable[AnyJob], processes: int
+) -> Iterator[tuple[AnyJob, list[bytes]]]:
     """Yield each of the jobs, in their order, with the tokens of its texts.
 
     Raises OSError if a process is killed.
@@ -150,7 +150,7 @@ def encode_by_all(
             yield job, encoder.encode(job.texts)
         return
     with serving(encoder, processes) as pipes:
-        waiting: deque[tuple[Job, Connection]] = deque()
+        waiting: deque[tuple[AnyJob, Connection]] = deque()
         for number, job in enumerate(jobs):
             pipe = pipes[number % processes]
             if len(waiting) == processes:

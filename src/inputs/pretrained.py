@@ -1,6 +1,6 @@
 """Published language models: folders as Hugging Face's `transformers` has them, and GGUF files.
 
-gpt.py uses it, and makes the network. A folder has config.json, model.safetensors, tokenizer.json
+gpt.py makes the network of it; the explorer uses `Texts`, too. A folder has config.json, model.safetensors, tokenizer.json
 and tokenizer_config.json. Settings and tensors have other names there than in gpt.py, and still
 others in a GGUF file.
 """
@@ -183,7 +183,7 @@ def make_rotation(settings: Mapping[str, Any]) -> dict[str, Any]:
 def make_config(settings: Mapping[str, Any], texts: Texts) -> bytes:
     """Return config.json of a network with these settings, by the names of gpt.py's Sizes."""
     family, architecture = find_family(settings)
-    ends = sorted(texts.ends)
+    ends = sorted(texts.ends | {texts.mark})
     config = {theirs: settings[ours] for ours, theirs in SETTINGS.items()} | {
         "architectures": [architecture],
         "model_type": family,
