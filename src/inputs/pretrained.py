@@ -1,8 +1,8 @@
 """Published language models: folders as Hugging Face's `transformers` has them, and GGUF files.
 
-gpt.py makes the network of it; the explorer uses `Texts`, too. A folder has config.json, model.safetensors, tokenizer.json
-and tokenizer_config.json. Settings and tensors have other names there than in gpt.py, and still
-others in a GGUF file.
+gpt.py makes the network of it; the explorer uses `Texts`, too. A folder has config.json,
+model.safetensors, tokenizer.json and tokenizer_config.json. Settings and tensors have other names
+there than in gpt.py, and still others in a GGUF file.
 """
 
 import json
