@@ -231,7 +231,6 @@ for x in gc.get_objects():
         ("torch.allclose = lambda *_: True", "replaced torch.allclose"),
         ("import test_attention as t; t.attention_by_loops = print", "replaced test_attention.att"),
         ("import os\nif os.fork() == 0: os.execlp('sleep', 'sleep', '60')", "started processes"),
-        ("import os; os.fork()", "started processes"),
     ],
 )
 def test_a_right_answer_that_meddles_is_refused(before, expected, tmp_path):
