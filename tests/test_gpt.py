@@ -596,6 +596,8 @@ def test_bits_are_those_of_each_token_in_windows_that_do_not_overlap():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     apart = torch.cat([G.measure_bits(model, [ids]) for ids in documents])
     torch.testing.assert_close(found, apart, rtol=1e-5, atol=0)
+    many = G.measure_bits(model, documents * 40)  # more windows than fit at once
+    torch.testing.assert_close(many, found.repeat(40), rtol=1e-5, atol=0)
 
 
 def test_a_token_with_probability_a_quarter_costs_two_bits():
