@@ -901,8 +901,8 @@ def uses_model(args: argparse.Namespace) -> bool:
     return args.chat or any(x is not None for x in (args.write, args.bits, args.zip, args.unzip))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Parse the command line."""
+def make_options() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser(__doc__, "gpt")
     add = parser.add_argument
     once = parser.add_mutually_exclusive_group().add_argument
@@ -925,6 +925,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--force", action="store_true", help="let --zip and --unzip replace a file")
     add("--preset", choices=PRESETS, help="set of settings; tune with --model, else tiny")
     add_settings(parser, PRESETS)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Parse the command line; the settings begin as those of a preset."""
+    parser = make_options()
     args = parser.parse_args(argv)
     if args.glob and (args.data is None or args.data.is_file()):
         parser.error("argument --glob: needs a folder in --data")
