@@ -4,22 +4,19 @@ Without it, each step computes the keys and values of all earlier tokens again. 
 search.py and sampling.py write within a `Cache`, and pass only the new tokens.
 """
 
-from typing import Protocol, Self, runtime_checkable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-@runtime_checkable
-class Attention(Protocol):
-    """What the cache needs of attention: keys and values each come out of one projection.
+def is_projection(name: str) -> bool:
+    """Return whether a module of this name makes the keys or values of an attention.
 
     What is done to keys after that, such as rotating them, has to be done to those of all tokens.
     """
-
-    W_k: nn.Module  # (B, T, d_model) -> (B, T, any size)
-    W_v: nn.Module
+    return name.rpartition(".")[2] in ("W_k", "W_v")
 
 
 class Cache:
@@ -32,8 +29,7 @@ class Cache:
     def __init__(self, model: nn.Module, memory: Tensor | None = None) -> None:
         self.memory = memory
         self.length = 0  # tokens so far
-        attentions = [module for module in model.modules() if isinstance(module, Attention)]
-        self.projections = [W for each in attentions for W in (each.W_k, each.W_v)]
+        self.projections = [W for name, W in model.named_modules() if is_projection(name)]
         self.rows: dict[nn.Module, Tensor] = {}  # of the tokens, (B, length, size)
         self.memory_rows: dict[nn.Module, Tensor] = {}
         self.hooks: list[RemovableHandle] = []
