@@ -8,6 +8,7 @@ writes with both. Prints medians of rounds after a warm-up. Without `transformer
 oracle-ready), only gpt.py is measured.
 """
 
+import copy
 import importlib
 import math
 import resource
@@ -17,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +29,13 @@ sys.path.insert(0, str(ROOT / "src"))
 script = importlib.import_module("gpt")
 documents = importlib.import_module("inputs.documents")
 sampling = importlib.import_module("decoding.sampling")
+search = importlib.import_module("decoding.search")
 
-ROUNDS, STEPS = 5, 4
+ROUNDS = 5
+STEPS = 4  # of the smallest network in a round; one of the others
 SMOLLM2 = ROOT / "data" / "smollm2"
 WRITTEN = 64  # tokens
-SIDE = 1024  # of the matrices of the large product
+SIDES = (8192, 1024)  # of the matrices of the large product, on a GPU and on a CPU
 
 
 def open_theirs(ours: nn.Module) -> nn.Module | None:
@@ -47,26 +50,101 @@ def open_theirs(ours: nn.Module) -> nn.Module | None:
         return LlamaForCausalLM.from_pretrained(folder)
 
 
-def train(predict: Callable[[Tensor], Tensor], model: nn.Module, windows: Tensor) -> float:
-    """Train with AdamW on windows (STEPS, B, T + 1); return the mean loss."""
+def predict(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the logits of either network."""
+    return model(tokens) if isinstance(model, script.GPT) else model(tokens, use_cache=False).logits
+
+
+def make_training(
+    loss_of: Callable[[Tensor], Tensor], model: nn.Module, windows: Tensor
+) -> Callable[[], float]:
+    """Return what trains on windows (steps, B, T + 1) with AdamW, and returns the mean loss."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    total = 0.0
-    for batch in windows:
-        logits = predict(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.item()
-    return total / len(windows)
+
+    def train() -> float:
+        losses = []
+        for batch in windows:
+            with search.autocast(windows.device):
+                loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean().item()  # waits for a GPU
+
+    return train
 
 
-def multiply() -> float:
-    """Multiply large matrices; return the operations per second."""
-    A, B = torch.randn(2, SIDE, SIDE)
-    start = time.perf_counter()
-    A @ B
-    return 2 * SIDE**3 / (time.perf_counter() - start)
+def multiply(device: torch.device) -> float:
+    """Multiply large matrices in the precision of training; return the operations per second."""
+    side = SIDES[device.type == "cpu"]
+    A, B = torch.randn(2, side, side, device=device)
+    with search.autocast(device):
+        A, B = (A @ torch.eye(side, device=device) for A in (A, B))  # to that precision
+        (A @ B).flatten()[0].item()
+        start = time.perf_counter()
+        (A @ B).flatten()[0].item()
+    return 2 * side**3 / (time.perf_counter() - start)
+
+
+def count_operations(settings: script.Settings, model: nn.Module, tokens: int) -> int:
+    """Return how many operations the products of a step need, by the formula of chapter 5."""
+    weights = sum(p.numel() for p in model.parameters())
+    if not settings.tied:
+        weights -= model.embedding.weight.numel()  # takes rows, multiplies nothing
+    attention = 2 * settings.num_layers * settings.d_model * settings.context  # half is masked
+    return 3 * tokens * (2 * weights + attention)
+
+
+def make_works(
+    settings: script.Settings, windows: Tensor
+) -> tuple[nn.Module, dict[str, Callable[[], float]]]:
+    """Return gpt.py's network, and trainings of it and of theirs, eager and compiled."""
+    torch.manual_seed(0)
+    ours = script.GPT(settings.sizes(settings.vocab_size))
+    for parameter in ours.parameters():  # with nothing at 0
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
+    models = {"gpt.py": ours, "LlamaForCausalLM": open_theirs(ours)}
+    works = {}
+    for name, model in models.items():
+        for kind, prepare in (("", lambda loss_of: loss_of), (", compiled", torch.compile)):
+            if model is None:
+                continue
+            own = copy.deepcopy(model).to(windows.device)
+            loss_of = prepare(partial(script.next_token_loss, partial(predict, own)))
+            works[name + kind] = make_training(loss_of, own, windows)
+    return ours, works
+
+
+def measure_training(name: str, settings: script.Settings, B: int, device: torch.device) -> None:
+    """Print the speed of training with B windows at once."""
+    steps = STEPS if name == "tiny" else 1
+    shape = (steps, B, settings.context + 1)
+    windows = torch.randint(settings.vocab_size, shape, device=device)
+    model, works = make_works(settings, windows)
+    tokens = B * settings.context
+    operations = count_operations(settings, model, tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    products = []
+    for _ in range(1 + ROUNDS):
+        losses = []
+        for work, train in works.items():
+            start = time.perf_counter()
+            losses.append(train())
+            seconds[work].append((time.perf_counter() - start) / steps)
+        products.append(multiply(device))
+        assert all(math.isclose(loss, losses[0], rel_tol=1e-2) for loss in losses), (
+            f"not the same work: {losses}"
+        )
+    limit = statistics.median(products[1:])
+    for work, each in seconds.items():
+        step = statistics.median(each[1:])
+        speed = operations / step
+        print(
+            f"{name:6}  {B:2} x {settings.context:5,}  {work:26}  {1000 * step:11.1f}"
+            f"  {tokens / step:9,.0f}  {speed / 1e12:7.2f}  {speed / limit:15.0%}",
+            flush=True,
+        )
 
 
 def in_turn(works: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -144,44 +222,21 @@ def measure_published() -> None:
 
 def main() -> None:
     """Print the tables."""
-    settings = script.Settings()
-    torch.manual_seed(0)
-    ours = script.GPT(settings.sizes(settings.vocab_size))
-    for parameter in ours.parameters():  # with nothing at 0
-        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
-    shape = (STEPS, settings.batch_size, settings.context + 1)
-    windows = torch.randint(settings.vocab_size, shape)
-    works = {"gpt.py": lambda: train(ours, ours, windows)}
-    theirs = open_theirs(ours)
-    if theirs is None:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if open_theirs(script.GPT(script.Sizes(264, 8, 1, 2, 2, 4, 16, 64, tied=False))) is None:
         print("transformers is not installed (make oracle-ready): only gpt.py is measured")
-    else:
-        predict = lambda tokens: theirs(tokens, use_cache=False).logits  # noqa: E731
-        works["LlamaForCausalLM"] = lambda: train(predict, theirs, windows)
-    seconds = {name: [] for name in works}
-    products = []
-    for _ in range(1 + ROUNDS):
-        losses = []
-        for name, work in works.items():
-            start = time.perf_counter()
-            losses.append(work())
-            seconds[name].append((time.perf_counter() - start) / STEPS)
-        products.append(multiply())
-        assert math.isclose(losses[0], losses[-1], rel_tol=1e-3), f"not the same work: {losses}"
-    step = {name: statistics.median(each[1:]) for name, each in seconds.items()}
-    tokens = settings.batch_size * settings.context
-    weights = sum(p.numel() for p in ours.parameters()) - ours.embedding.weight.numel()
-    attention = 2 * settings.num_layers * settings.d_model * settings.context  # half is masked
-    operations = 3 * tokens * (2 * weights + attention)
-    limit = statistics.median(products[1:])
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; steps of {tokens:,}")
-    print(f"tokens, medians of {ROUNDS} rounds\n")
-    print("                   ms per step  tokens/s  of a large product")
-    for name, each in step.items():
-        share = operations / each / limit
-        print(f"{name:17}  {1000 * each:11.1f}  {tokens / each:8,.0f}  {share:18.0%}")
-    if theirs is not None:
-        print(f"gpt.py is {step['LlamaForCausalLM'] / step['gpt.py']:.2f} times as fast")
+    print(f"PyTorch {torch.__version__} on {device}, {torch.get_num_threads()} threads;")
+    print(f"medians of {ROUNDS} rounds\n")
+    print(
+        "preset  windows     network                     ms per step   tokens/s  TFLOP/s"
+        "  of a large product"
+    )
+    for name in ("tiny", "small", "base"):
+        settings = script.PRESETS[name]
+        B = min(settings.batch_size, settings.part_size)
+        if device.type == "cpu" and name == "base":
+            B = 1  # a step takes seconds
+        measure_training(name, settings, B, device)
     measure_published()
 
 

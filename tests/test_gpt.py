@@ -717,3 +717,16 @@ def bad_inputs(data, text):
     yield ["--data", data, "--context", 100_000, "--restart"], 1, "too few for a context"
     yield ["--d-model", 18, "--num-heads", 4], 2, "--d-model: must be divisible"
     yield ["--num-heads", 4, "--num-kv-heads", 3], 2, "--num-heads: must be divisible"
+
+
+@pytest.mark.gpu
+def test_it_computes_the_same_on_an_accelerator():
+    model, tokens = make(qk_norm=True, qkv_bias=True).float(), draw(3, 20)
+    mask = torch.rand(3, 20, 20) < 0.7
+    mask |= torch.eye(20, dtype=torch.bool)
+    expected = [model(tokens), model(tokens, mask=mask)]
+    device = torch.accelerator.current_accelerator()
+    model.to(device)
+    found = [model(tokens.to(device)), model(tokens.to(device), mask=mask.to(device))]
+    for logits, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits.cpu(), others, rtol=1e-3, atol=1e-3)

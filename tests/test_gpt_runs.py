@@ -1,5 +1,6 @@
 """Long runs of gpt.py: parts, processes, longer schedules, and published models that go on."""
 
+import json
 import math
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from running import processes, runs
 from test_gpt import OPTIONS, SETTINGS, data, encode, prepared, start, train  # noqa: F401
 
 SCRIPT = Path(G.__file__)
+MIXED = b"def f(x):\n    return x\n" + "für 日本\n".encode() + b"\xff\0"
 
 
 @pytest.fixture(params=FOLDERS)
@@ -95,6 +97,15 @@ def test_parts_train_as_the_whole_batch_does(tmp_path, prepared, part_size):  # 
     found = train(start(tmp_path / "parts", prepared, settings=parts), prepared, parts)
     for row, expected in zip(found, rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow  # for a compiler
+def test_compiled_steps_train_as_plain_ones_do(tmp_path, prepared):  # noqa: F811
+    rows = train(start(tmp_path / "plain", prepared), prepared, SETTINGS)
+    settings = replace(SETTINGS, compiled=True)
+    found = train(start(tmp_path / "compiled", prepared, settings=settings), prepared, settings)
+    for row, expected in zip(found, rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_is_lengthened_from_before_its_rates_fall(tmp_path, prepared, capsys):  # noqa: F811
@@ -212,3 +223,28 @@ def test_two_processes_train_stop_and_resume(tmp_path, data):  # noqa: F811
         safetensors.torch.load_file(out / "model.safetensors") for out in (whole, stopped)
     )
     torch.testing.assert_close(weights, others, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_it_trains_writes_and_zips_on_an_accelerator(run_script, tmp_path, data):  # noqa: F811
+    device = str(torch.accelerator.current_accelerator())
+    for name, options in (("plain", ()), ("compiled", ("--compiled",))):
+        out = tmp_path / name
+        options = (*OPTIONS, "--data", data, "--out", out, "--device", device, *options)
+        trained = run_script("gpt.py", *options)
+        assert trained.returncode == 0, trained.stderr
+        assert f"parameters on {device}" in trained.stdout
+    losses = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["bits_per_byte"]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    use = ("--out", tmp_path / "plain", "--device", device)
+    assert run_script("gpt.py", *use, "--write", "def ").stdout.startswith("def ")
+    path = tmp_path / "some.txt"
+    content = MIXED * 3
+    path.write_bytes(content)
+    assert run_script("gpt.py", *use, "--zip", path).returncode == 0
+    path.unlink()
+    unzipped = run_script("gpt.py", *use, "--unzip", f"{path}.z")
+    assert (unzipped.returncode, path.read_bytes()) == (0, content), unzipped.stderr
