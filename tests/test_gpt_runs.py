@@ -166,6 +166,28 @@ def test_a_published_model_goes_on_and_opens_elsewhere(tmp_path, data, name, lor
     assert_close(theirs(tokens).logits, again(tokens))
 
 
+def test_a_checkpoint_of_lora_holds_what_learns_and_is_resumed(tmp_path, data):  # noqa: F811
+    settings = replace(SETTINGS, muon=False, lora_rank=2, steps=6)
+    _, texts = G.open_model(MODELS / "llama-tied")
+    encoded = encode(data, tmp_path / "corpus", texts)
+
+    def begin(out):
+        model, _ = G.open_model(MODELS / "llama-tied")
+        return start(tmp_path / out, encoded, settings=settings, model=model)
+
+    whole = begin("whole")
+    expected = train(whole, encoded, settings)
+    stopped = begin("stopped")
+    next(G.train(stopped, encoded[1], texts, settings))
+    saved = torch.load(tmp_path / "stopped" / runs.NEWEST, weights_only=True)["model"]
+    assert saved.keys() == {name for name, p in stopped.model.named_parameters() if p.requires_grad}
+    resumed = begin("stopped")
+    resumed.resume()
+    assert resumed.progress.step == settings.interval
+    assert [*expected[:1], *train(resumed, encoded, settings)] == expected
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
 def test_another_model_is_another_run(tmp_path, data):  # noqa: F811
     settings = replace(SETTINGS, muon=False, steps=2)
     first, texts = G.open_model(MODELS / "llama")

@@ -229,6 +229,13 @@ class Run(Generic[Model]):
 
         by_first(save)
 
+    def learned(self) -> dict[str, Tensor]:
+        """Return what training changes, by name: all but weights that need no gradient."""
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+        state = self.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in frozen}
+
     def pack(self) -> bytes:
         """Return everything needed to continue, as a file's content.
 
@@ -243,7 +250,7 @@ class Run(Generic[Model]):
             "settings": self.settings,
             "conditions": self.conditions,
             "progress": asdict(self.progress) | {"rows": rows},
-            "model": self.model.state_dict(),
+            "model": self.learned(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         buffer = io.BytesIO()
@@ -288,7 +295,11 @@ class Run(Generic[Model]):
             state = read_checkpoint(path)
             changes = list_changes(state["settings"], self.settings)
             if not changes:
-                self.model.load_state_dict(state["model"])
+                if state["model"].keys() != self.learned().keys():
+                    raise ValueError("its weights have other names")
+                self.model.load_state_dict(
+                    state["model"], strict=False
+                )  # frozen ones are not there
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
                     check_moments(optimizer)
