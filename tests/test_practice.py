@@ -540,6 +540,16 @@ def test_a_mistake_is_planted_and_found(run, place):
     assert path.read_bytes() == before
 
 
+def test_a_call_that_does_not_fit_the_function_is_left_out_whole():
+    watcher = judge.Watcher(judge.Case(Path(), "attention.py", "f", []))
+    double = watcher.watched(lambda x: 2 * x)
+    with pytest.raises(TypeError):
+        double(y=1)
+    assert double(2) == 4
+    assert [call.arguments for call in watcher.report.calls] == [{"x": 2}]
+    assert len(watcher.recorded) == 1
+
+
 def test_a_mistake_that_is_still_there_is_not_found(run, monkeypatch):
     """Even if its tests pass."""
     run("start", "bug-5")

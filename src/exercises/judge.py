@@ -140,8 +140,9 @@ class Watcher:
             recorded = None
             if len(self.recorded) < WATCHED_CALLS:
                 with contextlib.suppress(Exception):  # not everything can be copied
-                    self.recorded.append(copy.deepcopy((arguments, options)))
+                    own = copy.deepcopy((arguments, options))
                     recorded = Call(named(function, arguments, options), None)
+                    self.recorded.append(own)
                     self.report.calls.append(recorded)
             outcome: object = None
             try:
