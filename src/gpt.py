@@ -2,10 +2,10 @@
 """A language model like today's open ones learns Python, and is measured as a compressor.
 
 Run `poetry run src/gpt.py`. It builds the network of Llama (Touvron et al. 2023, arXiv 2302.13971)
-and trains it on Python's own standard library. What predicts a text well can compress it, so the
-loss is given in bits per byte, beside what bz2 and xz need. Results go to runs/gpt/, where
-`--write "def "` continues a text, `--bits FILE` shows what surprises the network, and `--zip FILE`
-compresses a file. `transformers` opens that folder, too.
+and trains it on Python's own standard library. A network that predicts a text well can compress
+it, so the loss is given in bits per byte, beside those of bz2 and xz. Results go to runs/gpt/.
+There, `--write "def "` continues a text, `--bits FILE` shows what surprises the network, and
+`--zip FILE` compresses a file. `transformers` opens that folder, too.
 """
 
 import argparse
@@ -91,14 +91,14 @@ SAMPLES = 20
 PYTHON = ("*.py",)  # the files of a folder, unless --glob says otherwise
 LONGEST_SAMPLE = 256  # tokens
 SAMPLE_TEMPERATURE = 0.8
-AT_ONCE = 8192  # tokens are measured
-LOGITS = 1 << 23  # at once: with a large vocabulary, those of all tokens would fill the memory
+AT_ONCE = 8192  # tokens that are measured at once
+LOGITS = 1 << 23  # computed at once: those of all tokens would fill the memory
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "bz2 -9": lambda content: bz2.compress(content, 9),
     "xz -9e": lambda content: lzma.compress(content, preset=9 | lzma.PRESET_EXTREME),
 }
 IGNORED = -100  # the label of padding, which cross_entropy leaves out
-LIMITS = {  # of the sizes in a file; the weights in it have to have them, too
+LIMITS = {  # of the sizes that a file may name; its weights must have the same sizes
     "vocab_size": 1 << 20, "d_model": 1 << 16, "num_layers": 1000, "num_heads": 1 << 12,
     "num_kv_heads": 1 << 12, "d_k": 1 << 12, "d_ff": 1 << 18, "context": 1 << 24,
 }  # fmt: skip
@@ -131,10 +131,10 @@ class Sizes:
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3
     scaling: Scaling | None = None  # Llama 3
-    factors: tuple[float, ...] | None = None  # the same for each frequency, as GGUF has it
+    factors: tuple[float, ...] | None = None  # the divisor of each frequency, in GGUF
 
     def __post_init__(self) -> None:
-        """Raise ValueError if they make no network, as those in a file may."""
+        """Raise ValueError if the sizes make no network, as those in a file may."""
         for name, most in LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= most:
@@ -171,9 +171,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Queries, and fewer heads of keys and values (Ainslie et al. 2023), turned by their positions.
+    """Attention with rotary positions; heads of queries can share keys (Ainslie et al. 2023).
 
-    Of the positions, only their distance affects the product of a query and a key.
+    Of two positions, only the distance affects the product of a query and a key.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -308,7 +308,7 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """Add B A to W; return that linear layer, which alone does the same then."""
+        """Add B A to W; return that linear layer, which then does the same alone."""
         self.linear.weight += self.B.weight @ self.A.weight
         return self.linear
 
@@ -349,7 +349,7 @@ def published_weights(model: GPT) -> dict[str, Tensor]:
 def save_model(folder: Path, model: GPT, texts: Texts) -> None:
     """Save a network and its tokenizer in a folder that `transformers` opens.
 
-    Raises OSError if that has no place for one of its sizes.
+    Raises OSError if config.json has no place for one of its sizes.
     """
     config = make_config(asdict(model.sizes), texts)
     weights = published_weights(model)
@@ -401,10 +401,10 @@ def open_model(path: Path) -> tuple[GPT, Published]:
         check_tensors(published.tensors, wanted)
         if max(published.tokenizer.get_vocab().values()) >= sizes.vocab_size:
             raise ValueError("its tokenizer has more tokens than the network")
-        # The largest first, while there is most room for what reading it needs besides.
+        # The largest first, while most memory is free: reading a tensor takes more than its size.
         order = sorted(wanted, key=lambda name: wanted[name].numel(), reverse=True)
         weights = {name: published.tensors[name].read() for name in order}
-        # NaN is both limits of a tensor that has one; isfinite() of it would need its size again.
+        # A NaN in a tensor makes both limits NaN; isfinite() would take the tensor's size again.
         limits = [limit for tensor in weights.values() for limit in tensor.aminmax()]
         if not all(limit.isfinite() for limit in limits):
             raise ValueError("some of its weights are not finite")
@@ -429,12 +429,12 @@ class Settings:
     context: int = setting(256, 2, 1_000_000, "tokens, at most")
     tied: bool = setting(False, False, True, "let the output share the embedding's weights")
     vocab_size: int = setting(1024, 257, 1_000_000, "tokens in the vocabulary, at most")
-    lora_rank: int = setting(0, 0, 4096, "with --model: of LoRA's matrices; 0: all weights learn")
+    lora_rank: int = setting(0, 0, 4096, "with --model: of LoRA; 0: all weights learn")
     steps: int = setting(2050, 1, 100_000_000, "steps of training")
     interval: int = setting(410, 1, 10_000_000, "steps between validations")
     batch_size: int = setting(8, 1, 100_000, "windows of the text per step")
     part_size: int = setting(64, 1, 100_000, "windows that a process computes at once")
-    compiled: bool = setting(False, False, True, "compile the network, which pays on a GPU")
+    compiled: bool = setting(False, False, True, "compile the network: faster on a GPU")
     muon: bool = setting(True, False, True, "train matrices by Muon, not by AdamW")
     matrix_rate: float = setting(0.02, 0.0, 10.0, "learning rate of the layers' matrices")
     learning_rate: float = setting(0.02, 0.0, 10.0, "learning rate of all else")
@@ -535,7 +535,7 @@ def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
 def steps_of(first: int, epoch: int, settings: Settings) -> range:
     """Return the steps of an epoch, up to its validation, from its first one on.
 
-    Of a run that was lengthened, an epoch may begin early, where the shorter run ended.
+    In a lengthened run, an epoch may begin early: where the shorter run ended.
     """
     return range(first, min((epoch + 1) * settings.interval, settings.steps))
 
@@ -573,7 +573,7 @@ def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Setti
 
 @torch.inference_mode()
 def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
-    """Return how many bits each token costs, -log2 of its probability, but for the marks.
+    """Return how many bits each token costs, -log2 of its probability, except the marks.
 
     The tokens of all documents stand end to end. A document is cut into windows of the context's
     size, LONGEST_WINDOW at most, which don't overlap: at the start of one, the network knows only
@@ -600,7 +600,7 @@ def measure_bits(model: GPT, documents: Sequence[Tensor]) -> Tensor:
 
 
 def validate(run: Run[GPT], corpus: Corpus, texts: Texts) -> float:
-    """Save the network; return its mean loss on what is held out, in nats per token.
+    """Save the network; return its mean loss on held-out documents, in nats per token.
 
     Raises FloatingPointError if that is not finite.
     """
@@ -645,7 +645,7 @@ def compress(content: bytes, given: bytes = b"") -> dict[str, float]:
 
 
 def sample(model: GPT, texts: Texts, count: int, seed: int) -> list[str]:
-    """Return documents that the network writes from nothing, of LONGEST_SAMPLE tokens at most."""
+    """Return texts that the network writes after the mark, of LONGEST_SAMPLE tokens at most."""
     prompts = [[texts.mark]] * count
     seeds = range(seed, seed + count)
     length = min(model.sizes.context, LONGEST_SAMPLE)
@@ -663,8 +663,8 @@ def save_results(
 ) -> tuple[float, dict[str, float], list[str]]:
     """Save and return the bits per byte, those of compressors, and samples.
 
-    Compressors are given, and samples compared with, as much of the training files as metrics.json
-    says: all of them, if they are not many.
+    Compressors are given the start of the training files, with which samples are compared, too. It
+    is all of them, if they are short; metrics.json has its size.
     """
     bits = measure_bits(run.model, corpus.held_out).sum().item() / corpus.held_out_bytes
     held_out = "".join(texts.tokenizer.decode(ids[1:].tolist()) for ids in corpus.held_out)
@@ -741,7 +741,7 @@ def show_results(run: Run[GPT], corpus: Corpus, texts: Texts) -> None:
 def show_writing(
     model: GPT, published: Published, prompt: str, sampling: Sampling, seed: int, stop: str | None
 ) -> None:
-    """Print a prompt and its continuation, up to an end or to the end of the context."""
+    """Print a prompt and its continuation, up to an end token or the end of the context."""
     context = model.sizes.context
     tokenizer = published.tokenizer
     mark = published.mark
@@ -769,7 +769,7 @@ def show_writing(
 def show_answer(
     writer: Writer, tokenizer: Tokenizer, conversation: Conversation, prompt: list[int], seed: int
 ) -> None:
-    """Print an answer as it is written; what there is of it becomes part of the conversation."""
+    """Print an answer as it is written; even a part of it joins the conversation."""
     written = ""
     try:
         for piece in decode_stream(tokenizer, writer.write(prompt, seed)):
@@ -818,7 +818,7 @@ def show_bits(model: GPT, published: Published, path: Path) -> None:
         raise OSError(f"{path} is empty")
     encoding = published.tokenizer.encode(text)
     if published.tokenizer.decode(encoding.ids) != text:
-        say(f"not all of {path} has tokens: what is left out costs nothing here")
+        say(f"parts of {path} have no tokens, so their cost is not counted")
     bits = measure_bits(model, [torch.tensor([published.mark, *encoding.ids])])
     shades = [" "] * len(text)
     for (start, end), cost in zip(encoding.offsets, bits.tolist(), strict=True):
@@ -839,14 +839,14 @@ def show_duration(seconds: float) -> None:
 
 
 def read_plain(path: Path) -> bytes:
-    """Read a file. Raises OSError if it is a folder, or nothing that has an end."""
+    """Read a file. Raises OSError if it is a folder, or a pipe, which may have no end."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a plain file")
     return path.read_bytes()
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Raise OSError if there is a file already that must not be replaced, or no file can be."""
+    """Raise OSError if a file is there that must not be replaced, or none can be written."""
     if path.is_dir():
         raise OSError(f"{path} is a folder")
     if not force and os.path.lexists(path):
@@ -875,10 +875,10 @@ def show_zipping(model: GPT, published: Published, path: Path, force: bool) -> N
 
 
 def show_unzipping(model: GPT, published: Published, path: Path, force: bool) -> None:
-    """Write the file of which FILE.z was made, as FILE."""
+    """Write the file from which FILE.z was made, as FILE."""
     target = Path(str(path).removesuffix(".z"))
     if path.suffix != ".z" or not target.name:
-        raise OSError(f"{path} is not the name of a file and .z")
+        raise OSError(f"{path} is no zipped file: its name must end in .z")
     check_free(target, force)
     zipped = read_plain(path)
     tokenizer = published.tokenizer
@@ -919,11 +919,11 @@ def make_options() -> argparse.ArgumentParser:
     use("--bits", type=Path, metavar="FILE", help="show what each token of a text costs and exit")
     use("--zip", type=Path, metavar="FILE", help="compress a file as FILE.z and exit")
     use("--unzip", type=Path, metavar="FILE.z", help="write the file that was compressed and exit")
-    add("--model", type=Path, metavar="PATH", help="folder or .gguf, in place of --out")
-    add("--temperature", type=number(0.0, 100.0), default=0.8, help="of writing; 0: no chance")
+    add("--model", type=Path, metavar="PATH", help="folder or .gguf file of a model")
+    add("--temperature", type=number(0.0, 100.0), default=0.8, help="of drawing; 0: the likeliest")
     add("--top-k", type=number(0, 10_000_000), default=0, help="draw from the k likeliest; 0: all")
-    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="draw from the likeliest, up to p")
-    add("--stop", type=prompt, metavar="TEXT", help="end before this text is written")
+    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="the likeliest that add up to p")
+    add("--stop", type=prompt, metavar="TEXT", help="end the continuation before this text")
     add("--force", action="store_true", help="let --zip and --unzip replace a file")
     add("--preset", choices=PRESETS, help="set of settings; tune with --model, else tiny")
     add_settings(parser, PRESETS)
@@ -981,7 +981,7 @@ def go_on(path: Path, text: Text, cache: Path) -> tuple[GPT, Texts, Corpus]:
 def begin(
     path: Path | None, text: Text, settings: Settings, cache: Path, seed: int
 ) -> tuple[GPT, Texts, Corpus]:
-    """Return the network to train, published or not, what belongs to its texts, and the text.
+    """Return the network to train, its tokenizer and marks, and the text as tokens.
 
     Raises OSError if the text is too short for a window, or a window too long for the network.
     """
@@ -1014,7 +1014,7 @@ def make_run(
     seed: int,
     save_minutes: float = 10.0,
 ) -> Run[GPT]:
-    """Return the run that trains a network, with its optimizers and, if that is set, LoRA."""
+    """Return the run that trains a network, with its optimizers and, if it is set, LoRA."""
     if settings.lora_rank > 0:
         torch.manual_seed(seed)
         add_lora(model, settings.lora_rank)

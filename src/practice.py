@@ -79,7 +79,7 @@ def empty(task: Task, state: State, tasks: dict[str, Task], again: bool) -> None
     path = copy_of(task)
     reference = read(SOURCES / task.script)
     if is_broken(path) and not again:
-        raise OSError(f"fix {path} first, or start over: `start {task.name} --again` keeps it")
+        raise OSError(f"fix {path} first, or start over: `start {task.name} --again` keeps a copy")
     if is_broken(path):
         begin_again(task, state, tasks)
     copy = read(path)
@@ -91,7 +91,7 @@ def empty(task: Task, state: State, tasks: dict[str, Task], again: bool) -> None
 
 
 def show_trial(task: Task) -> None:
-    """Run the small run of a mistake, with the mistake and without; keep the symptom beside it."""
+    """Do the small run of a mistake, with the mistake and without; keep the symptom beside it."""
     print("A small run, with the mistake and without …\n", flush=True)
     name = task.script.removesuffix(".py").replace("/", ".")
     wrong = trials.run(task.trial, name, PRACTICE / task.name)
@@ -146,7 +146,7 @@ def check(task: Task, state: State, tasks: dict[str, Task]) -> int:
 
 
 def of_a_mistake(task: Task, verdict: Verdict, hints: int) -> Verdict:
-    """Return the verdict on a mistake to find; what shows it is told after two hints only."""
+    """Return the verdict on a mistake to find; a failing call is shown only after two hints."""
     if verdict.passed and is_planted(task):
         return Verdict(False, ["is still there, although its tests pass; tell the authors"])
     if hints < 2 and verdict.lines and verdict.lines[0].startswith("not yet"):

@@ -337,7 +337,7 @@ TENSORS = {
     "a terabyte": ((0, (MUCH, MUCH), bytes(32)), "larger than the file"),
     "unknown": (FLAT, "unknown are x"),
     "frequencies": (FLAT, r"rope_freqs\.weight is of shape \(8,\)"),
-    "zero": ((0, (2,), bytes(32)), "no positive numbers"),
+    "zero": ((0, (2,), bytes(32)), "not all are positive numbers"),
 }  # fmt: skip
 
 

@@ -283,7 +283,7 @@ def test_what_belongs_to_a_talk_is_saved_too(tmp_path):
 def test_what_config_json_can_not_tell_is_not_saved(tmp_path):
     model, published = G.open_model(MODELS / "llama")
     model.sizes = replace(model.sizes, factors=(1.0,) * (model.sizes.d_k // 2))
-    with pytest.raises(OSError, match=r"config\.json can't tell that"):
+    with pytest.raises(OSError, match=r"config\.json can't say that"):
         G.save_model(tmp_path / "model", model, published)
     assert not (tmp_path / "model").exists()
 

@@ -261,8 +261,8 @@ def test_a_person_zips_and_unzips(run_script, tmp_path, monkeypatch):
     for arguments, message in (
         (["--zip", path], f"{zipped} is there already; --force replaces it"),
         (["--unzip", zipped], f"{path} is there already; --force replaces it"),
-        (["--unzip", path], f"{path} is not the name of a file and .z"),
-        (["--unzip", "..z"], "..z is not the name of a file and .z"),
+        (["--unzip", path], f"{path} is no zipped file: its name must end in .z"),
+        (["--unzip", "..z"], "..z is no zipped file: its name must end in .z"),
         (["--zip", "."], ". is not a plain file"),
         (["--zip", tmp_path / "missing"], "No such file"),
         (["--zip", tmp_path], f"{tmp_path} is not a plain file"),

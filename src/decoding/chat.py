@@ -41,7 +41,7 @@ class Conversation:
         special = [token.content for token in added if token.special]
         others = [token.content for token in added if token.content in template]
         typed = mark_beginnings([*special, *others])
-        # Others, such as <think>, may also be what a network writes.
+        # A network may write the others, such as <think>.
         self.beginnings = {"system": typed, "user": typed, "assistant": mark_beginnings(special)}
         self.messages: list[Message] = []
         if system:
@@ -49,7 +49,7 @@ class Conversation:
         self.encode([*self.messages, {"role": "user", "content": "Hello"}])
 
     def ask(self, text: str, most: int) -> list[int]:
-        """Add what a person says; return the prompt for the answer, of at most so many tokens.
+        """Add what a person says; return the prompt for the answer, of `most` tokens at most.
 
         Until it fits, the oldest turns are forgotten, but not what the system says. Raises OSError,
         and changes nothing, if the text doesn't fit even alone, or the template refuses it.
@@ -99,8 +99,8 @@ class Conversation:
 def mark_beginnings(marks: Collection[str]) -> re.Pattern[str]:
     """Return a pattern of the first character of each mark, also where marks overlap.
 
-    A mark of one character can't be cut, and stays a mark. So does one that the template completes:
-    none of the published ones has such a template.
+    A mark of one character can't be cut, and stays a mark. So does a mark that the template
+    completes; no published template does so.
     """
     long = [re.escape(mark) for mark in marks if len(mark) > 1]
     if not long:
@@ -109,7 +109,7 @@ def mark_beginnings(marks: Collection[str]) -> re.Pattern[str]:
 
 
 def without_oldest_turn(messages: Sequence[Message]) -> list[Message]:
-    """Return what the system says, and all from the second question on; nothing if there is none.
+    """Return what the system says, and all from the second question on; nothing without one.
 
     A turn is a question with its answer.
     """
@@ -120,7 +120,7 @@ def without_oldest_turn(messages: Sequence[Message]) -> list[Message]:
 
 
 class Writer:
-    """Continues one prompt after another; what two have in common at the start is computed once."""
+    """Continues one prompt after another; what two share at the start is computed once."""
 
     def __init__(
         self, model: LanguageModel, sampling: Sampling, context: int, ends: Collection[int]

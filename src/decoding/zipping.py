@@ -1,4 +1,4 @@
-"""Any file, zipped with a language model: each token costs as many bits as it surprises.
+"""Any file, zipped with a language model: the likelier a token, the fewer bits it costs.
 
 gpt.py uses it. Zipping and unzipping let the network predict each next token in the very same
 steps, so that it predicts the same, bit for bit. A file is a list of items: tokens, and bytes that
@@ -30,7 +30,7 @@ MAGIC = b"GPTz"
 VERSION = 2
 START = struct.Struct("<4sBI")  # MAGIC, VERSION, and a checksum of all that follows
 FIELDS = struct.Struct("<8sQQIB")  # of Header, and the length of its conditions
-# Others may round otherwise, or cut a text into other tokens.
+# Under others, numbers may be rounded otherwise, or a text cut into other tokens.
 CONDITIONS = ("torch", "tokenizers", "--device", "OMP_NUM_THREADS")
 ANY_BYTE = cumulate(np.ones(256, dtype=np.int64))
 LONGEST_WINDOW = 8192  # tokens: of a longer context, the attention would take too much memory
@@ -49,18 +49,18 @@ class PublishedModel(LanguageModel, Protocol):
 
 
 def escaped(vocab_size: int, text: str) -> list[int]:
-    """Return the items of the bytes of a text."""
+    """Return the bytes of a text as items."""
     return [vocab_size + byte for byte in text.encode(errors="surrogateescape")]
 
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """Return the tokens of a text, or None if they don't give it back."""
+    """Return the tokens of a text, or None if decoding them doesn't restore it."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return ids if tokenizer.decode(ids, skip_special_tokens=False) == text else None
 
 
 def text_items(tokenizer: Tokenizer, vocab_size: int, text: str) -> list[int]:
-    """Return the tokens of a text, cut where its characters are not given back together.
+    """Return the items of a text, which is halved as long as decoding doesn't restore it.
 
     Some tokenizers turn a letter and its accent into one character.
     """
@@ -89,7 +89,7 @@ def to_bytes(tokenizer: Tokenizer, vocab_size: int, items: Sequence[int]) -> byt
 def to_items(tokenizer: Tokenizer, vocab_size: int, content: bytes) -> list[int]:
     """Return the tokens of any bytes, and between them the bytes that no tokens give back.
 
-    These are in no UTF-8, or in characters that the vocabulary lacks and a tokenizer just drops.
+    These bytes are no UTF-8, or of characters that the vocabulary lacks and a tokenizer drops.
     """
     text = content.decode(errors="surrogateescape")  # a surrogate for each byte that isn't UTF-8
     lost = {
@@ -148,7 +148,7 @@ def code_items(
 ) -> list[int]:
     """Let `code` encode or decode each symbol, given cumulative frequencies; return the items.
 
-    The symbol V announces a byte; all bytes are equally likely. The network hears of neither.
+    The symbol V announces a byte; all bytes are equally likely. The network sees neither.
     """
     escape = model.sizes.vocab_size
     items = []
@@ -164,7 +164,7 @@ def code_items(
 
 @torch.inference_mode()
 def measure_step(model: PublishedModel, mark_id: int, count: int) -> float:
-    """Return how many seconds each of `count` steps takes: one in the middle, as on average."""
+    """Return how many seconds one of `count` steps takes on average, as one in the middle does."""
     model.eval()
     window = min(count, model.sizes.context, LONGEST_WINDOW)
     seconds = []
@@ -235,7 +235,7 @@ def zip_bytes(
     content: bytes,
     announce: Callable[[float], None],
 ) -> bytes:
-    """Zip any bytes; `announce` is told before how many seconds that will take.
+    """Zip any bytes; first, tell `announce` how many seconds that will take.
 
     Raises FloatingPointError if what the network predicts is not finite.
     """
@@ -271,7 +271,7 @@ def unzip_bytes(
     header, coded = unpack(zipped)
     for name, then, now in zip(CONDITIONS, header.conditions, read_conditions(model), strict=True):
         if then != now:
-            raise ValueError(f"it needs {name} {then}; here is {now}")
+            raise ValueError(f"it needs {name} {then}, not {now}")
     if header.digest != make_digest(model, tokenizer, mark_id):
         raise ValueError("it was zipped with another network")
     announce(measure_step(model, mark_id, header.items) * header.items)

@@ -102,7 +102,7 @@ def kill(process: BaseProcess) -> None:
 
 
 def guard(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Call a function in a process of this one, and send how that ends."""
+    """Call a function in a child process, and send how that ends."""
     os.setsid()
     child = os.fork()
     if child == 0:

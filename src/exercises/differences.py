@@ -1,4 +1,4 @@
-"""Say in words what differs between what an answer gave and what was wanted.
+"""Say in words how the value that an answer gave differs from the one that was wanted.
 
 explaining.py uses it. Where a few tries find how the one becomes the other (transposed, scaled,
 shifted by one, …), that is said too.
@@ -226,7 +226,7 @@ def same(a: Tensor, b: Tensor) -> Tensor:
 
 
 def changes(given: Tensor, wanted: Tensor) -> Iterator[str]:
-    """Yield how a tensor might have been made from one of the same shape."""
+    """Yield how a tensor might have been made from the wanted one, of the same shape."""
     if given.dtype == torch.bool:
         if (given == ~wanted).all():
             yield "True and False are swapped"
@@ -240,7 +240,7 @@ def changes(given: Tensor, wanted: Tensor) -> Iterator[str]:
 
 
 def moves(given: Tensor, wanted: Tensor) -> Iterator[str]:
-    """Yield the ways to move numbers that make a tensor of another."""
+    """Yield the ways of moving numbers that turn the wanted tensor into the given one."""
     if (wanted == wanted.flatten()[:1]).all():
         return  # wherever they are moved, they are the same
     for first in range(given.dim()):
@@ -279,7 +279,7 @@ def other_axis(given: Tensor, wanted: Tensor) -> Iterator[str]:
 
 
 def sums_and_products(given: Tensor, wanted: Tensor) -> Iterator[str]:
-    """Yield by what all numbers were multiplied, or what was added to them."""
+    """Yield the factor of all numbers, or the number that was added to all."""
     if given.numel() == 1:
         return
     whole = not given.dtype.is_floating_point  # then nothing was rounded
@@ -301,7 +301,7 @@ def all_equal(a: Tensor, b: Tensor, whole: bool) -> bool:
 
 
 def product(factor: float) -> str:
-    """Say by what numbers were multiplied."""
+    """Put the factor of all numbers into words."""
     if factor == 0:
         return "all numbers are 0"
     if math.isclose(factor, -1, rel_tol=1e-3):
@@ -318,7 +318,7 @@ def product(factor: float) -> str:
 
 
 def number_change(given: object, wanted: object) -> str:
-    """Say by what a number was multiplied, if it is a plain factor."""
+    """Put the factor of a number into words, if it is a plain one."""
     assert isinstance(given, int | float)
     assert isinstance(wanted, int | float)
     if wanted == 0 or not math.isfinite(given):
@@ -338,7 +338,7 @@ def is_number(value: object) -> bool:
 
 
 def close(a: object, b: object) -> bool:
-    """Return whether two values are numbers with a point that are equal, except for rounding."""
+    """Return whether two values are floats that are equal, except for rounding."""
     if not isinstance(a, float) or not isinstance(b, float):
         return False
     return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-5) or (math.isnan(a) and math.isnan(b))

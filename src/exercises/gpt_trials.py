@@ -1,6 +1,6 @@
 """Small runs that show a mistake of the language model at work, as those of trials.py do.
 
-They take the network of runs/gpt where there is one that can show the mistake, and else train a
+They take the network of runs/gpt if there is one that can show the mistake, and otherwise train a
 small one.
 """
 
@@ -94,7 +94,7 @@ def write(module: Any, model: Any, prompts: Sequence[Sequence[int]], cached: boo
 
 
 def list_of_layers(module: Any) -> dict[str, Any]:
-    """Count what the optimizer of transformer.py is given, and what a file would hold."""
+    """Count the parameters that an optimizer of transformer.py gets, and the tensors of a file."""
     model = module.Transformer(100, module.Sizes())
     count = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": count, "tensors": len(model.state_dict())}

@@ -29,8 +29,8 @@ class Task:
     title: str = ""
     chapter: str = ""  # of the course, if it isn't named after the script
     task: str = ""  # where the docstring doesn't say it
-    first: str = ""  # how the first and the last statement to write begin, if that is not
-    last: str = ""  # the whole body
+    first: str = ""  # how the first statement to write begins; empty for the whole body
+    last: str = ""  # how the last statement to write begins
     alone: bool = True  # whether its result depends only on its arguments
     old: str = ""  # the right code
     new: str = ""  # the mistake in its place
@@ -135,7 +135,7 @@ def defined_names(module: symtable.SymbolTable) -> set[str]:
 
 
 def lost_names(copy: str, name: str, source: str) -> set[str]:
-    """Return the names that a function takes from its module, and another source doesn't have."""
+    """Return the names that a function takes from its module, and that another source lacks."""
     module = symtable.symtable(copy, "copy", "exec")
     tables = [module]
     for part in name.split("."):

@@ -1,9 +1,9 @@
-"""Run chosen tests on another copy of a script, and say in a few lines what fails first.
+"""Run chosen tests on a copy of a script, and say in a few lines what fails first.
 
 practice.py uses it. The tests import the copy in place of the script, and every other script as it
 is. They run in a process of their own (child.py), which sends plain data: first the names of the
-tests that are to run, before it has read the answer; then what these tests found. Here, in the
-main process, the names are compared, and explaining.py says what is wrong.
+tests that are to run, before it has read the answer; then what these tests found. The main process
+compares the names, and explaining.py says what is wrong.
 """
 
 import builtins
@@ -114,7 +114,7 @@ class Names:
 
 
 class Watcher:
-    """A pytest plugin that reports what passes, and why the first test fails that does."""
+    """A pytest plugin that reports which tests pass, and why the first failing one fails."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -185,7 +185,7 @@ class Watcher:
         self.report.comparison = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what a test came to."""
+        """Note whether a test was skipped or passed, and what it printed."""
         name = name_of(report.nodeid)
         if report.skipped or hasattr(report, "wasxfail"):
             self.report.skipped.append(name)
@@ -290,9 +290,9 @@ def attributes(modules: Iterable[ModuleType]) -> dict[tuple[str, str], Any]:
 
 
 def replaced(before: dict[tuple[str, str], Any]) -> list[str]:
-    """Return the names of the functions and classes that are others than before.
+    """Return the names of the functions and classes that were replaced.
 
-    A wrapper is none: PyTorch itself wraps `torch.manual_seed` when torch._dynamo is imported.
+    A wrapper doesn't count: PyTorch itself wraps `torch.manual_seed` when torch._dynamo is imported.
     """
     found = []
     for (module, name), old in before.items():

@@ -23,7 +23,7 @@ class Case(NamedTuple):
     """A function to judge: in the copy of a script, with some of the script's tests."""
 
     path: Path  # of the copy
-    script: str  # that it is a copy of, by its path in src/
+    script: str  # the original, by its path in src/
     function: str  # its qualified name; empty if comparing calls is useless
     tests: list[str]
     others: tuple[str, ...] = ()  # functions that aren't judged; the reference's are used instead
@@ -105,7 +105,7 @@ class Report:
     comparison: Comparison | None = None  # the one that failed
     calls: list[Call] = field(default_factory=list)  # in the test that failed
     printed: str = ""
-    replaced: list[str] = field(default_factory=list)  # what the answer has put in the place of
+    replaced: list[str] = field(default_factory=list)  # names that the answer has replaced
 
 
 def plain(value: Any) -> Any:

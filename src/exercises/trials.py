@@ -1,6 +1,6 @@
 """Small runs that show a mistake at work: practice.py tells a mistake by the numbers they return.
 
-`run` calls one in a process of its own. Each takes the module that a mistake may be in, imported
+`run` calls one in a process of its own. Each gets the module that a mistake may be in, imported
 from a folder that has all scripts, and takes a few seconds. exercises.toml names it as the `trial`
 of a mistake, and has the names of its numbers in the `symptom`: {loss} with the mistake,
 {right.loss} without.
@@ -27,11 +27,11 @@ SAMPLE = Path(__file__).resolve().parents[2] / "data/fashion-mnist-sample"
 def run(trial: str, name: str, folder: Path) -> Numbers:
     """Return what a trial finds out about the module `name` of a folder of scripts.
 
-    Raises OSError if it doesn't end, or is ended.
+    Raises OSError if it doesn't end, or is killed.
     """
     ended = child.run(try_out, trial, name, folder, seconds=SECONDS)
     if ended.late or not ended.sent:
-        raise OSError(f"the small run had no end in {SECONDS} s; is the machine busy? Try again")
+        raise OSError(f"the small run didn't end within {SECONDS} s; is the machine busy? Try again")
     numbers: Numbers = ended.sent[0]
     return numbers
 
@@ -101,7 +101,7 @@ def weights_of_words(attention: ModuleType) -> Numbers:
 def two_heads(attention: ModuleType) -> Numbers:
     """Train two heads; return how much of their weight is on the mirror image, and to the left.
 
-    Of either place, the head that looks there more is taken.
+    For each place, the head that looks there most counts.
     """
     torch.manual_seed(1)
     model = attention.PairFinder(num_heads=2)

@@ -1,8 +1,8 @@
 """Whole files as the documents of a language model: split, encoded end to end, cut into windows.
 
-gpt.py uses it. Its text is a folder of files, a file, or lines of JSON, of any size; without one,
-the documents are the standard library of the Python that runs, so nothing has to be downloaded. A
-text is read as a stream and encoded once, into a file that all processes map into memory.
+gpt.py uses it. A text is a folder of files, a file, or lines of JSON, of any size. By default, the
+documents are the standard library of the Python that runs, so nothing has to be downloaded. A text
+is read as a stream and encoded once, into a file that all processes map into memory.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ LINE = 1 << 27  # bytes in a line of JSON, at most
 JOB = 1 << 20  # characters encoded at once
 ALONE = 1 << 25  # bytes of text that one process encodes before others would have started
 LEARNED = 1 << 25  # characters from which the tokenizer is learned, at most
-MEASURED = 1 << 21  # bytes of what is held out that are measured, at most
+MEASURED = 1 << 21  # held-out bytes that are measured, at most
 GIVEN = 1 << 24  # characters of the training text that samples and compressors get, at most
 SHUFFLED = 1 << 18  # windows whose order is kept in memory, at most
 ROUNDS = 4  # of shuffling more windows
@@ -52,9 +52,9 @@ ENDLESS = re.compile(r"[^\W\d_]{1000,}|[^\w\s]{1000,}|\s{1000,}")
 
 
 class Text(NamedTuple):
-    """Where a text is: a file, or a folder, of which the files count that match one of the globs.
+    """Where a text is: a file, or those files of a folder that match one of the globs.
 
-    Folders of the names in `excluded` don't count.
+    Folders with the names in `excluded` are left out.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class NotText(OSError):
 class Listing:
     """The files of a text, and a digest of their names, sizes and times."""
 
-    about: str  # to a person
+    about: str  # for a person
     folder: Path
     names: list[str]  # from the folder on, with /
     alone: bool  # whether the text is a file, not a folder
@@ -85,10 +85,10 @@ def standard_library() -> Text:
 
 
 def is_held_out(name: str) -> bool:
-    """Return whether the document with this path, or of a line with this text, is held out.
+    """Return whether a document is held out, by its path, or by its text if it is a line of JSON.
 
-    The path is that from the data's root on, with /. So a document stays where it is, whatever
-    other documents there are.
+    The path begins at the data's root and has /. No other document affects the result, so a
+    document stays where it is.
     """
     digest = hashlib.sha256(name.encode(errors="surrogateescape"))
     return int(digest.hexdigest(), 16) % ONE_IN == 0
@@ -175,7 +175,7 @@ def read_whole(path: Path) -> Iterator[str]:
 
 
 def read_halves(path: Path) -> Iterator[tuple[bool, str]]:
-    """Yield the documents of a file that stands alone, whose last one in ONE_IN is held out."""
+    """Yield the parts of a file that stands alone; the last 1 / ONE_IN of it is held out."""
     length = sum(map(len, read_file(path)))
     left = length - length // ONE_IN
     for part in read_file(path):
@@ -200,7 +200,7 @@ def parse_line(line: bytes) -> str | None:
 
 
 def read_json(path: Path, left_out: Counter[str]) -> Iterator[tuple[bool, str]]:
-    """Yield the documents of a file's lines, their field `text`; count those without one.
+    """Yield the field `text` of each line as a document; count the lines without one.
 
     Raises OSError before the first one if the file is broken.
     """
@@ -232,8 +232,8 @@ def skip_line(file: BinaryIO) -> None:
 def read_documents(listing: Listing, left_out: Counter[str]) -> Iterator[tuple[bool, str]]:
     """Yield whether a document is held out, and its text, for all documents of a text.
 
-    A file that is broken or no text is left out and counted; if it stands alone, that is an
-    OSError.
+    A file that is broken or no text is left out and counted. Raises OSError if such a file stands
+    alone.
     """
     for name in listing.names:
         path = listing.folder / name
@@ -356,8 +356,8 @@ def prepare_documents(
 ) -> Path:
     """Encode a text, unless `cache` holds its tokens already; return their folder in `cache`.
 
-    A tokenizer of `vocab_size` tokens is learned, unless one is given, with the mark that it has
-    between documents. The folder's name is a digest of all that matters. Raises OSError if nothing
+    A tokenizer of `vocab_size` tokens is learned, unless one is given, with its mark between
+    documents. The folder's name is a digest of all that matters. Raises OSError if nothing
     is there to train on or to be held out, or if a file that stands alone is broken.
     """
     listing = list_files(text)
@@ -381,7 +381,7 @@ def prepare_documents(
 
 
 def learn_from(listing: Listing, vocab_size: int) -> Tokenizer:
-    """Learn a tokenizer from a bounded share of what is there to train on."""
+    """Learn a tokenizer from a bounded share of the text for training."""
     documents = read_documents(listing, Counter())
     sample = sample_texts(part for held_out, part in documents if not held_out)
     return learn_tokenizer(sample, vocab_size)
@@ -424,7 +424,7 @@ class Corpus:
     training_bytes: int  # of their text
     held_out: list[Tensor]  # documents that are measured, int64: all, or evenly spread ones
     held_out_bytes: int  # of their text
-    left_out: str  # what of the text is not used
+    left_out: str  # the parts of the text that are not used
     digest: str  # of all tokens
 
 
@@ -494,7 +494,7 @@ class Windows:
         self.begin(0, 0)
 
     def begin(self, number: int, first: int) -> None:
-        """Begin a pass with a number, whose first window is number `first` of all passes."""
+        """Begin pass `number`; its first window has the number `first` among those of all passes."""
         self.number = number
         self.first = first
         random = torch.Generator().manual_seed(Random(f"{self.seed} {number}").getrandbits(63))
@@ -544,7 +544,7 @@ def shuffle(number: int, count: int, seed: str) -> int:
 
 
 def longest_shared_runs(samples: Sequence[str], text: str) -> list[int]:
-    """Return how many characters the longest run has that each sample shares with the text.
+    """Return the length of the longest run of characters that each sample shares with a text.
 
     A run of fewer than GRAM counts as 0, and characters beyond Latin-1 count as alike.
     """
@@ -571,7 +571,7 @@ def longest_shared_runs(samples: Sequence[str], text: str) -> list[int]:
 
 
 def grams(text: str) -> np.ndarray:
-    """Return each GRAM characters of a text, from each place on, as one number."""
+    """Return the GRAM characters from each place of a text on, as one number."""
     characters = np.frombuffer(text.encode("latin-1", "replace"), np.uint8)
     if len(characters) < GRAM:
         return np.zeros(0, dtype=np.uint64)

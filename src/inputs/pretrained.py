@@ -1,6 +1,6 @@
 """Published language models: folders as Hugging Face's `transformers` has them, and GGUF files.
 
-gpt.py makes the network of it; the explorer uses `Texts`, too. A folder has config.json,
+gpt.py makes the network; the explorer uses `Texts`, too. A folder has config.json,
 model.safetensors, tokenizer.json and tokenizer_config.json. Settings and tensors have other names
 there than in gpt.py, and still others in a GGUF file.
 """
@@ -136,7 +136,7 @@ def named_as_ours(tensors: Mapping[str, Stored], names: Mapping[str, str]) -> di
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn every error into a ValueError that names the file: a foreign one fails in many ways."""
+    """Turn every error into a ValueError that names the file, which can fail in many ways."""
     try:
         yield
     except MemoryError:  # says nothing of the file
@@ -172,7 +172,7 @@ def find_family(settings: Mapping[str, Any]) -> tuple[str, str]:
 def make_rotation(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_parameters. Raises OSError if they can't say how frequencies are scaled."""
     if settings["factors"] is not None:
-        raise OSError("its frequencies are scaled as a GGUF file says: config.json can't tell that")
+        raise OSError("its frequencies are scaled one by one, by GGUF: config.json can't say that")
     found = {"rope_type": "default", "rope_theta": settings["theta"]}
     if settings["scaling"] is not None:
         found["rope_type"] = "llama3"
@@ -246,7 +246,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ValueError if something is there that is not what is expected."""
+    """Raise ValueError if a value is there, and is not the expected one."""
     for name, value in expected.items():
         other = found.get(prefix + name, value)
         if other != value:
@@ -277,10 +277,10 @@ def refuse_windows(config: Mapping[str, Any], family: str) -> None:
     if family.startswith("qwen") and not config.get("use_sliding_window"):
         window = None
     if window is not None or "sliding_attention" in (config.get("layer_types") or ()):
-        raise ValueError(f"its sliding_window is {window!r}: attention to all is all there is here")
+        raise ValueError(f"its sliding_window is {window!r}, which this script doesn't have")
     for name in ("num_experts", "num_local_experts"):
         if config.get(name):
-            raise ValueError(f"its {name} is {config[name]!r}: there are no experts here")
+            raise ValueError(f"its {name} is {config[name]!r}: this script has no experts")
 
 
 def read_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def positive(values: Iterable[Any]) -> tuple[float, ...]:
     """Return numbers by which something is scaled."""
     found = tuple(values)
     if not all(isinstance(each, int | float) and 0 < each < 1e9 for each in found):
-        raise ValueError(f"its rotations are scaled by {found}: no positive numbers")
+        raise ValueError(f"its rotations are scaled by {found}: not all are positive numbers")
     return found
 
 
@@ -348,7 +348,7 @@ def open_weights(folder: Path) -> tuple[dict[str, Stored], str | None]:
     with naming(index):
         names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
         if any(Path(name).name != name for name in names):
-            raise ValueError("it names files of other folders")
+            raise ValueError("it names files in other folders")
     tensors = {}
     for name in names:
         with naming(folder / name):
@@ -413,9 +413,9 @@ def open_plain_tokenizer(path: Path) -> Tokenizer:
 
 
 def find_mark(tokenizer: Tokenizer, number: Any, token: Any = None) -> int:
-    """Return the token that stands before each document: <|endoftext|>, or the one that is named.
+    """Return the token that stands before each document: <|endoftext|>, or else the one named.
 
-    Qwen's and SmolLM2's files name another or none: the one that begins a turn of a talk.
+    Qwen's and SmolLM2's files name none, or the one that begins a turn of a talk.
     """
     found = tokenizer.token_to_id(MARK)
     if found is None:
@@ -444,7 +444,7 @@ def read_names(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_template(path: Path, template: Any) -> str | None:
-    """Return the chat template: that of chat_template.jinja, if there is one, or this."""
+    """Return the chat template: that of chat_template.jinja, or else the given one."""
     if path.exists():
         with naming(path):
             return path.read_text(encoding="utf-8")
