@@ -292,7 +292,7 @@ def attributes(modules: Iterable[ModuleType]) -> dict[tuple[str, str], Any]:
 def replaced(before: dict[tuple[str, str], Any]) -> list[str]:
     """Return the names of the functions and classes that were replaced.
 
-    A wrapper doesn't count: PyTorch itself wraps `torch.manual_seed` when torch._dynamo is imported.
+    A wrapper doesn't count: PyTorch wraps `torch.manual_seed` when torch._dynamo is imported.
     """
     found = []
     for (module, name), old in before.items():

@@ -31,7 +31,7 @@ def run(trial: str, name: str, folder: Path) -> Numbers:
     """
     ended = child.run(try_out, trial, name, folder, seconds=SECONDS)
     if ended.late or not ended.sent:
-        raise OSError(f"the small run didn't end within {SECONDS} s; is the machine busy? Try again")
+        raise OSError(f"the small run took more than {SECONDS} s; is the machine busy? Try again")
     numbers: Numbers = ended.sent[0]
     return numbers
 

@@ -494,7 +494,7 @@ class Windows:
         self.begin(0, 0)
 
     def begin(self, number: int, first: int) -> None:
-        """Begin pass `number`; its first window has the number `first` among those of all passes."""
+        """Begin pass `number`, whose first window has the number `first` in all passes."""
         self.number = number
         self.first = first
         random = torch.Generator().manual_seed(Random(f"{self.seed} {number}").getrandbits(63))
