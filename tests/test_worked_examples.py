@@ -387,14 +387,14 @@ def test_four_tokens_in_bits_and_bytes_by_hand():
     assert size.tolist() == [len(token.encode()) for token in tokens]
     torch.testing.assert_close(-p.log2(), bits, atol=0.005, rtol=0)
     assert numbers(" ".join(total)) == pytest.approx([length, cost], abs=0.005)
-    before, eight, unzipped = find("5-gpt.md", "The file has $`", "`$ bits. With")
+    before, eight, unzipped = find("5-gpt.md", "The text has $`", "`$ bits. With")
     assert (before, eight, unzipped) == (length, 8, 8 * length)
     needed, whole = find("5-gpt.md", "With this network,", "byte. Divide")
     assert (needed, whole) == pytest.approx((cost, math.ceil(cost / 8)))
-    part, among, per_byte = find("5-gpt.md", "the *bits per byte*: $`", "`$. A file")
+    part, among, per_byte = find("5-gpt.md", "the *bits per byte*: $`", "`$. An uncompressed")
     assert (part, among) == pytest.approx((cost, length))
     assert per_byte == pytest.approx(part / among, abs=0.005)
-    part, _, count, nats = find("5-gpt.md", "with the natural logarithm, here $`", "`$ *nats*")
+    part, _, count, nats = find("5-gpt.md", "natural logarithm, in this example $`", "`$ *nats*")
     assert (part, count) == pytest.approx((cost, 4))
     assert nats == pytest.approx(-p.log().mean().item(), abs=0.005)
 
@@ -521,7 +521,7 @@ def test_five_tokens_to_draw_from_by_hand():
         }[kind](float(value))
         said = numbers(" ".join(row[1:]))
         assert said == pytest.approx(logits.softmax(dim=0).tolist(), abs=0.005)
-    base, _, square, total, one, two, share = find(page, "to 1 again: $`", "`$. Below 1")
+    base, _, square, total, one, two, share = find(page, "divided by their sum. $`", "`$. A temp")
     assert (base**2, p.square().sum().item()) == pytest.approx((square, total))
     assert (one, two) == (square, total) and share == pytest.approx(one / two, abs=0.005)
     both, limit, three = find(page, "A and B have", ". So C is kept")
@@ -564,7 +564,7 @@ def test_exercises_by_hand_about_a_language_model():
 def test_a_beam_by_hand():
     diagrams = importlib.import_module("diagrams")
     page, first, second = "6-translation.md", diagrams.FIRST, diagrams.SECOND
-    a, the = find(page, "After the first word, *a* has probability", ". After the second")
+    a, the = find(page, "As the first word, *a* has probability", ". With the second")
     one, dog, total = find(page, "*a dog* has", ", and *the dog*")
     two, best_dog, best = find(page, "and *the dog* has", "; their logarithms")
     logarithms = find(page, "their logarithms are", ". Greedy")
@@ -634,7 +634,7 @@ def test_three_steps_of_a_beam_by_hand():
 def test_the_places_of_continuations_by_hand():
     diagrams = importlib.import_module("diagrams")
     page = read("6-translation.md")
-    said = re.search(r"and then come (.*?), so V is (\d+)", page)
+    said = re.search(r"and then come (.*?): (\d+) in all", page)
     words = dict(re.findall(r"\*(\w+)\* (\d)", said[1]))
     assert {word: int(n) for word, n in words.items()} == {
         w: n + 3 for n, w in enumerate(BEAM_WORDS[3:])
