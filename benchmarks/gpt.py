@@ -35,7 +35,8 @@ ROUNDS = 5
 STEPS = 4  # of the smallest network in a round; one of the others
 SMOLLM2 = ROOT / "data" / "smollm2"
 WRITTEN = 64  # tokens
-SIDES = (8192, 1024)  # of the matrices of the large product, on a GPU and on a CPU
+CPU_SIDE = 1024  # of the matrices of the large product
+GPU_SIDE = 8192
 
 
 def open_theirs(ours: nn.Module) -> nn.Module | None:
@@ -77,7 +78,7 @@ def make_training(
 
 def multiply(device: torch.device) -> float:
     """Multiply large matrices in the precision of training; return the operations per second."""
-    side = SIDES[device.type == "cpu"]
+    side = CPU_SIDE if device.type == "cpu" else GPU_SIDE
     A, B = torch.randn(2, side, side, device=device)
     with search.autocast(device):
         A, B = (A @ torch.eye(side, device=device) for A in (A, B))  # to that precision
@@ -88,7 +89,7 @@ def multiply(device: torch.device) -> float:
 
 
 def count_operations(settings: script.Settings, model: nn.Module, tokens: int) -> int:
-    """Return how many operations the products of a step need, by the formula of chapter 5."""
+    """Return how many operations the products of a step need: 2 forward, 4 backward per weight."""
     weights = sum(p.numel() for p in model.parameters())
     if not settings.tied:
         weights -= model.embedding.weight.numel()  # takes rows, multiplies nothing

@@ -297,9 +297,8 @@ class Run(Generic[Model]):
             if not changes:
                 if state["model"].keys() != self.learned().keys():
                     raise ValueError("its weights have other names")
-                self.model.load_state_dict(
-                    state["model"], strict=False
-                )  # frozen ones are not there
+                # Not strict, since frozen weights are not in the file.
+                self.model.load_state_dict(state["model"], strict=False)
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
                     check_moments(optimizer)
