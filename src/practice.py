@@ -38,6 +38,7 @@ from exercises.holes import (
     carry,
     find_hole,
     function_lines,
+    hole_lines,
     prepare,
     read_tasks,
 )
@@ -82,12 +83,32 @@ def empty(task: Task, state: State, tasks: dict[str, Task], again: bool) -> None
         raise OSError(f"fix {path} first, or start over: `start {task.name} --again` keeps a copy")
     if is_broken(path):
         begin_again(task, state, tasks)
+    for other in would_be_filled(task, reference, state, tasks):
+        if not again:
+            raise OSError(
+                f"{other.name} is in the same function, {task.function}: finish it first "
+                f"(check {other.name}), or give it up: `start {task.name} --again` keeps a copy"
+            )
+        state.started.remove(other.name)
     copy = read(path)
     touched = copy.split("\n")[function_lines(copy, task.function)]
     if touched != reference.split("\n")[function_lines(reference, task.function)]:
         print(f"The old {path.relative_to(ROOT)} is kept as {keep(path).name}.\n")
     save(path, carry([task.function], prepare(reference, task), copy))
     state.hints.pop(task.name, None)
+
+
+def would_be_filled(task: Task, reference: str, state: State, tasks: dict[str, Task]) -> list[Task]:
+    """Return the unfinished exercises that making the hole of another one would solve."""
+    hole = hole_lines(reference, task)
+    found = []
+    for name in set(state.started) & set(tasks) - {*state.done, task.name}:
+        other = tasks[name]
+        if not other.symptom and (other.script, other.function) == (task.script, task.function):
+            lines = hole_lines(reference, other)
+            if lines.start < hole.start or lines.stop > hole.stop:
+                found.append(other)
+    return found
 
 
 def show_trial(task: Task) -> None:

@@ -182,6 +182,13 @@ def test_as_many_rows_as_heads_keep_masks_of_their_own():
     assert found.shape == (3, 6, TINY.vocab_size)
 
 
+def test_the_feed_forward_network_of_one_number_is_the_example_of_the_chapter():
+    network = G.FeedForward(replace(TINY, d_model=1, d_ff=1))
+    for W, weight in ((network.W_gate, 1.0), (network.W_up, 1.5), (network.W_down, 0.5)):
+        nn.init.constant_(W.weight, weight)
+    assert network(torch.tensor([2.0])).item() == pytest.approx(2.642, abs=1e-3)
+
+
 def test_the_feed_forward_network_is_the_formula():
     network, x = make().layers[0].feed_forward, torch.tensor([[1.0, -2, 0, 3, -1, 0.5, 2, -3]])
     gate, up, down = (

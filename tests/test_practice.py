@@ -423,6 +423,21 @@ def test_exercises_on_the_same_function_keep_what_was_written(run, place):
     assert (place / "practice/attention.1.py").read_bytes() == before
 
 
+def test_a_hole_of_the_same_function_never_fills_another_that_is_not_done(run, place):
+    run("start", "shift")
+    path = place / "practice/transformer.py"
+    before = path.read_bytes()
+    status, out = run("start", "smoothing")
+    assert (status, "shift is in the same function, train: finish it first" in out) == (1, True)
+    assert path.read_bytes() == before
+    _, out = run("start", "smoothing", "--again")
+    assert "transformer.1.py" in out
+    assert (place / "practice/transformer.1.py").read_bytes() == before
+    assert copies.read_state().started == ["smoothing"]
+    status, out = run("check", "shift")
+    assert (status, "start shift" in out) == (1, True)
+
+
 def test_a_source_that_changed_keeps_what_was_written(run, place):
     run("start", "mask")
     path = write_answer(place, "mask", ANSWERS["mask"]["right"][0])
@@ -548,6 +563,54 @@ def test_a_call_that_does_not_fit_the_function_is_left_out_whole():
     assert double(2) == 4
     assert [call.arguments for call in watcher.report.calls] == [{"x": 2}]
     assert len(watcher.recorded) == 1
+
+
+class Counter:
+    def __init__(self):
+        self.count = 2
+
+    def add(self, amount):
+        self.count += amount
+
+
+def test_a_method_that_returns_nothing_is_judged_by_its_object():
+    watcher = judge.Watcher(judge.Case(Path(), "attention.py", "f", []))
+    watcher.watched(Counter.add)(Counter(), 3)
+    (call,) = watcher.report.calls
+    assert call.arguments == {"self.count": 2, "amount": 3}
+    assert call.outcome == {"count": 5}
+    assert watcher.recorded[0].outcome_of(Counter.add) == {"count": 5}
+
+
+def test_a_call_without_derivatives_is_repeated_without_them():
+    watcher = judge.Watcher(judge.Case(Path(), "attention.py", "f", []))
+    weight = torch.ones(1, requires_grad=True)
+
+    def double(x):
+        return 2 * weight * x
+
+    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with context():
+            watcher.watched(double)(torch.ones(1))
+    assert [call.outcome.gradient for call in watcher.report.calls] == [False, False, True]
+    again = [recorded.outcome_of(double) for recorded in watcher.recorded]
+    assert [table.gradient for table in again] == [False, False, True]
+
+
+def test_the_call_that_raised_is_shown_with_the_words_of_the_error():
+    case = judge.Case(Path(), "attention.py", "f", [])
+    error = reports.Raised(["RuntimeError", "Exception"], "sizes 3 and 4 do not fit", "a.py:7: x")
+    calls = [reports.Call({"n": 1}, 5, 6, 6), reports.Call({"n": 2}, error, 7, 7)]
+    report = reports.Report(failed="test_it_adds", error=error, calls=calls)
+    assert [*explaining.what_was_raised(case, report, error)] == [
+        "not yet: it adds", "called  f(n=2)",
+        "gave    raises RuntimeError: sizes 3 and 4 do not fit", "wanted  7",
+        "raised  RuntimeError", "        in a.py:7: x",
+    ]  # fmt: skip
+    report.calls = calls[:1]
+    assert "raised  RuntimeError: sizes 3 and 4 do not fit" in explaining.what_was_raised(
+        case, report, error
+    )
 
 
 def test_a_mistake_that_is_still_there_is_not_found(run, monkeypatch):

@@ -99,6 +99,19 @@ def test_the_search_is_the_plain_one_and_loses_no_finished_target(searched, beam
         assert score >= max(finished.values()) - 1e-5
 
 
+def test_the_new_targets_of_a_source_continue_its_own():
+    continued = []
+
+    def decode(target, rows):
+        continued.append(rows.tolist())
+        return torch.zeros(4, 7)
+
+    S.search(decode, torch.tensor([[3, EOS], [4, EOS]]), 2, alpha=1.0)
+    of_source = [[row // 2 for row in rows] for rows in continued]
+    assert of_source[1] == [0, 0, 1, 1]
+    assert all(sources == [0, 0, 1, 1] for sources in of_source)
+
+
 @pytest.mark.parametrize(("beam", "V"), [(2, 7), (6, 11), (1, 5)])
 def test_a_step_continues_the_best_of_each_source(beam, V):
     torch.manual_seed(0)

@@ -296,7 +296,7 @@ def test_positions_by_hand():
 def test_the_shapes_of_masks():
     attention = importlib.import_module("attention")
     sizes = {"B": 2, "T": 3, "S": 3, "1": 1}
-    _, _, *rows = rows_of_table("3-attention.md", "repeats it along the dimensions")
+    _, _, *rows = rows_of_table("3-attention.md", "[broadcasting](1-hello.md#tensors) repeats it")
     said = [[sizes[letter] for letter in re.findall(r"\w", row[1])] for row in rows]
     causal = attention.causal_mask(3)
     padding = attention.padding_mask(torch.tensor([[5, 5, 0], [5, 5, 5]]), pad=0)
@@ -521,7 +521,9 @@ def test_five_tokens_to_draw_from_by_hand():
         }[kind](float(value))
         said = numbers(" ".join(row[1:]))
         assert said == pytest.approx(logits.softmax(dim=0).tolist(), abs=0.005)
-    base, _, square, total, one, two, share = find(page, "divided by their sum. $`", "`$. A temp")
+    base, _, square, total, one, two, share = find(
+        page, "divides them by their sum. $`", "`$. A temp"
+    )
     assert (base**2, p.square().sum().item()) == pytest.approx((square, total))
     assert (one, two) == (square, total) and share == pytest.approx(one / two, abs=0.005)
     both, limit, three = find(page, "A and B have", ". So C is kept")
@@ -530,6 +532,42 @@ def test_five_tokens_to_draw_from_by_hand():
     part, whole, first = find(page, "So C is kept, and A gets $`", "`$.")
     assert [part, whole] == pytest.approx([p[0].item(), p[:3].sum().item()])
     assert first == pytest.approx(part / whole, abs=0.005)
+
+
+def test_positions_of_prompts_of_different_lengths():
+    sampling = importlib.import_module("decoding.sampling")
+    _, _, *rows = rows_of_table("5-gpt.md", "### Several prompts at once")
+    cells = [[row[1].split(", "), row[2].split(", "), row[3]] for row in rows]
+    real = torch.tensor([[token != "padding" for token in tokens] for tokens, _, _ in cells])
+    seen = []
+
+    class Model:
+        def hidden(self, tokens, positions, mask):
+            seen.append(positions)
+            return torch.zeros(*tokens.shape, 1)
+
+        def to_logits(self, x):
+            return x
+
+    sampling.next_logits(Model(), torch.zeros(real.shape), real)
+    longer = torch.cat((real, torch.ones(2, 1, dtype=torch.bool)), dim=1)
+    sampling.next_logits(Model(), torch.zeros(longer.shape), longer, start=real.shape[1])
+    for row, (_, said, following) in enumerate(cells):
+        for t, position in enumerate(said):
+            assert position in ("any", str(seen[0][row, t].item()))
+        assert int(following) == seen[1][row, -1]
+
+
+def test_tokens_of_a_batch_by_hand():
+    pairs_module = importlib.import_module("inputs.pairs")
+    pairs, source, target, total = find(
+        "6-translation.md", "the longest target 6, count $`", "`$. Then it shuffles"
+    )
+    assert total == pairs * (source + target)
+    lengths = torch.tensor([[int(source), 5], [3, int(target)]])
+    for tokens, batches in ((int(total), 1), (int(total) - 1, 2)):
+        found = pairs_module.make_batches(lengths, tokens, torch.Generator().manual_seed(0))
+        assert len(found) == batches
 
 
 def test_losses_of_knowing_nothing():

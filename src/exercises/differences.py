@@ -324,7 +324,7 @@ def number_change(given: object, wanted: object) -> str:
     if wanted == 0 or not math.isfinite(given):
         return ""
     factor = given / wanted
-    for whole in range(2, 11):
+    for whole in range(2, 65):
         if math.isclose(factor, whole, rel_tol=1e-4):
             return f"it is {whole} times what it should be"
         if math.isclose(factor, 1 / whole, rel_tol=1e-4):

@@ -82,10 +82,12 @@ def what_was_raised(case: Case, report: Report, error: Raised) -> Iterator[str]:
         yield error.place
     else:
         yield f"not yet: {sentence(report.failed)}"
-        found = [*first_wrong_call(case, report.calls)]
-        yield from found or compared(report, error)
+        lines = [*first_wrong_call(case, report.calls, error)] or [*compared(report, error)]
+        yield from lines
         if error.place and "AssertionError" not in error.kinds:
-            yield f"raised  {error.kinds[0]} in {error.place}"
+            said = any(describe(error) in line for line in lines)
+            yield f"raised  {error.kinds[0] if said else describe(error).removeprefix('raises ')}"
+            yield f"        in {error.place}"
 
 
 def plain_words(error: Raised) -> str:
@@ -115,12 +117,16 @@ def sentence(test: str) -> str:
     return test.partition("[")[0].removeprefix("test_").replace("_", " ")
 
 
-def first_wrong_call(case: Case, calls: list[Call]) -> Iterator[str]:
-    """Yield the smallest call with a wrong outcome: its arguments, its outcome, the right one."""
+def first_wrong_call(case: Case, calls: list[Call], error: Raised) -> Iterator[str]:
+    """Yield the smallest call with a wrong outcome: its arguments, its outcome, the right one.
+
+    If the error is that of a call, this one is meant.
+    """
     wrong = [call for call in calls if is_wrong(call)]
     if not wrong:
         return
-    call = min(wrong, key=lambda call: sum(map(size, call.arguments.values())))
+    raising = [call for call in wrong if difference(call.outcome, error) is None]
+    call = min(raising or wrong, key=lambda call: sum(map(size, call.arguments.values())))
     yield from called(case.function.rpartition(".")[2], call.arguments)
     found = difference(call.outcome, call.wanted)
     assert found

@@ -29,7 +29,18 @@ from exercises import child
 from exercises.child import FORK, forget_sources, limit_computing
 from exercises.explaining import explain
 from exercises.holes import ROOT, SOURCES, mend
-from exercises.reports import Call, Case, Comparison, Report, Verdict, outcome_of, plain, raised
+from exercises.reports import (
+    Call,
+    Case,
+    Comparison,
+    Report,
+    Verdict,
+    effect,
+    numbers_of,
+    outcome_of,
+    plain,
+    raised,
+)
 
 SECONDS = 15  # of computing, without the imports
 PATIENCE = 10  # times as many seconds on a clock
@@ -113,13 +124,29 @@ class Names:
         self.names = [name_of(item.nodeid) for item in session.items]
 
 
+class Recorded:
+    """The arguments of a call, and whether derivatives were recorded in it."""
+
+    def __init__(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.options = options
+        self.inference = torch.is_inference_mode_enabled()
+        self.gradients = torch.is_grad_enabled()
+
+    def outcome_of(self, function: Callable[..., Any]) -> object:
+        """Return the outcome of the same call of another function, as plain data."""
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.gradients):
+            arguments, options = copy.deepcopy((self.arguments, self.options))
+            return outcome_of(function, *arguments, **options)
+
+
 class Watcher:
     """A pytest plugin that reports which tests pass, and why the first failing one fails."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.report = Report()
-        self.recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # arguments
+        self.recorded: list[Recorded] = []
         self.tests: dict[tuple[str, str], Any] = {}  # what the tests' own module holds
 
     def watch(self, module: ModuleType) -> None:
@@ -140,7 +167,7 @@ class Watcher:
             recorded = None
             if len(self.recorded) < WATCHED_CALLS:
                 with contextlib.suppress(Exception):  # not everything can be copied
-                    own = copy.deepcopy((arguments, options))
+                    own = Recorded(*copy.deepcopy((arguments, options)))
                     recorded = Call(named(function, arguments, options), None)
                     self.recorded.append(own)
                     self.report.calls.append(recorded)
@@ -153,7 +180,7 @@ class Watcher:
                 raise
             finally:
                 if recorded:
-                    recorded.outcome = plain(outcome)
+                    recorded.outcome = effect(outcome, function, arguments)
 
         return call
 
@@ -166,8 +193,7 @@ class Watcher:
         function, _ = find(reference, self.case.function)
         for recorded, call in zip(self.recorded, self.report.calls, strict=True):
             for field in ("wanted", "wanted_again"):
-                arguments, options = copy.deepcopy(recorded)
-                setattr(call, field, outcome_of(function, *arguments, **options))
+                setattr(call, field, recorded.outcome_of(function))
 
     def pytest_sessionstart(self) -> None:
         """Refuse again, since pytest has a debugger of its own."""
@@ -233,8 +259,9 @@ def named(
     function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> dict[str, object]:
     """Return the arguments of a call by their names, as plain data."""
-    bound = inspect.signature(function).bind(*arguments, **options)
-    return {name: plain(value) for name, value in bound.arguments.items() if name != "self"}
+    bound = inspect.signature(function).bind(*arguments, **options).arguments
+    own = {f"self.{name}": value for name, value in numbers_of(bound.pop("self", None)).items()}
+    return {**own, **{name: plain(value) for name, value in bound.items()}}
 
 
 def load(name: str, path: Path, script: str, others: Iterable[str] = ()) -> ModuleType:

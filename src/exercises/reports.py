@@ -3,6 +3,7 @@
 judge.py writes these reports, and explaining.py puts them into words.
 """
 
+import inspect
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exercises.holes import ROOT
 
@@ -177,6 +178,22 @@ def place_of(error: BaseException, path: Path) -> str:
 def outcome_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Return the outcome of a call as plain data, an error included."""
     try:
-        return plain(function(*arguments, **options))
+        returned = function(*arguments, **options)
     except Exception as error:
         return raised(error)
+    return effect(returned, function, arguments)
+
+
+def effect(outcome: object, function: Callable[..., Any], arguments: tuple[Any, ...]) -> object:
+    """Return what a call returned or raised; if it is nothing, the numbers of its object then."""
+    if outcome is None and "self" in inspect.signature(function).parameters:
+        return numbers_of(arguments[0]) or None
+    return plain(outcome)
+
+
+def numbers_of(value: object) -> dict[str, object]:
+    """Return the attributes of an object that are numbers, unless it is a network."""
+    if isinstance(value, nn.Module):
+        return {}
+    attributes = getattr(value, "__dict__", {})
+    return {name: number for name, number in attributes.items() if isinstance(number, int | float)}
