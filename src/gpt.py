@@ -835,7 +835,7 @@ def show_bits(model: GPT, published: Published, path: Path) -> None:
 def show_duration(seconds: float) -> None:
     """Say how long something will take."""
     duration = f"{math.ceil(seconds)} s" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
-    say(f"this takes about {duration} at most")
+    say(f"this takes {duration} at most")
 
 
 def read_plain(path: Path) -> bytes:

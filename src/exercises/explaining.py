@@ -85,9 +85,9 @@ def what_was_raised(case: Case, report: Report, error: Raised) -> Iterator[str]:
         lines = [*first_wrong_call(case, report.calls, error)] or [*compared(report, error)]
         yield from lines
         if error.place and "AssertionError" not in error.kinds:
-            said = any(describe(error) in line for line in lines)
-            yield f"raised  {error.kinds[0] if said else describe(error).removeprefix('raises ')}"
-            yield f"        in {error.place}"
+            if not any(describe(error) in line for line in lines):
+                yield f"but it {describe(error)}"
+            yield f"raised  {error.kinds[0]} in {error.place}"
 
 
 def plain_words(error: Raised) -> str:
