@@ -186,6 +186,10 @@ REFUSED = {
     "part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "an endless base": ({"rope_theta": float("inf"), "rope_parameters": None}, "theta is inf"),
     "a huge base": ({"rope_theta": 10**400, "rope_parameters": None}, "config.json: it is broken"),
+    "two scalings": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        r"rope_parameters are \{.*\}, and its rope_scaling \{'type': 'yarn', 'factor': 4.0\}",
+    ),
     "two bases": ({"rope_theta": 5.0}, r"rope_theta is 5.0, and also 10000.0"),
     "no biases": ({"model_type": "qwen2"}, r"it lacks layers\.0\.attention\.W_k\.bias, .*, …"),
     "no norms": ({"model_type": "qwen3"}, r"it lacks layers\.0\.attention\.norm_k\.weight, "),

@@ -285,7 +285,10 @@ def refuse_windows(config: Mapping[str, Any], family: str) -> None:
 
 def read_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return theta, and scaling where there is one; both have had several places in config.json."""
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    places = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if len(places) == 2 and places[0] != places[1]:
+        raise ValueError(f"its rope_parameters are {places[0]}, and its rope_scaling {places[1]}")
+    rotary = places[0] if places else {}
     theta = float(config.get("rope_theta", rotary.get("rope_theta", 10_000.0)))
     if rotary.get("rope_theta", theta) != theta:
         raise ValueError(f"its rope_theta is {theta!r}, and also {rotary['rope_theta']!r}")
