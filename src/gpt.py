@@ -74,6 +74,7 @@ from running.shell import (
     checksum,
     command,
     existing_path,
+    first_line,
     is_utf8,
     make_parser,
     number,
@@ -434,7 +435,7 @@ class Settings:
     interval: int = setting(410, 1, 10_000_000, "steps between validations")
     batch_size: int = setting(8, 1, 100_000, "windows of the text per step")
     part_size: int = setting(64, 1, 100_000, "windows that a process computes at once")
-    compiled: bool = setting(False, False, True, "compile the network: faster on a GPU")
+    compiled: bool = setting(False, False, True, "compile the network: faster, with a C++ compiler")
     muon: bool = setting(True, False, True, "train matrices by Muon, not by AdamW")
     matrix_rate: float = setting(0.02, 0.0, 10.0, "learning rate of the layers' matrices")
     learning_rate: float = setting(0.02, 0.0, 10.0, "learning rate of all else")
@@ -538,6 +539,16 @@ def steps_of(first: int, epoch: int, settings: Settings) -> range:
     In a lengthened run, an epoch may begin early: where the shorter run ended.
     """
     return range(first, min((epoch + 1) * settings.interval, settings.steps))
+
+
+def check_compiler(settings: Settings, device: torch.device) -> None:
+    """Raise OSError if the network should be compiled, but PyTorch can't, as without a compiler."""
+    if settings.compiled:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        except RuntimeError as error:
+            reason = first_line(error)
+            raise OSError(f"--compiled: PyTorch can't compile here: {reason}") from error
 
 
 def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Settings) -> None:
@@ -1049,6 +1060,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with joined_processes(args.device), alone(out):
         by_first(lambda: check_start(out, args.resume, args.restart))
+        check_compiler(settings, args.device)
         text = Text(args.data, tuple(args.glob or PYTHON)) if args.data else standard_library()
         model, texts, corpus = begin(args.model, text, settings, out / "corpus", args.seed)
         by_first(lambda: set_aside(out, RESULTS, args.resume))

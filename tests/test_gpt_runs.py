@@ -247,6 +247,16 @@ def test_two_processes_train_stop_and_resume(tmp_path, data):  # noqa: F811
     torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
 
+def test_a_lack_of_a_compiler_is_a_line(run_script, tmp_path, data, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    options = ("--data", data, "--out", tmp_path / "out", "--device", "cpu", "--compiled")
+    done = run_script("gpt.py", *OPTIONS, *options)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "--compiled: PyTorch can't compile here: " in done.stderr
+    assert not (tmp_path / "out/corpus").exists()
+
+
 @pytest.mark.gpu
 def test_it_trains_writes_and_zips_on_an_accelerator(run_script, tmp_path, data):  # noqa: F811
     device = str(torch.accelerator.current_accelerator())
