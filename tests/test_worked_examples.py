@@ -558,6 +558,18 @@ def test_positions_of_prompts_of_different_lengths():
         assert int(following) == seen[1][row, -1]
 
 
+def test_a_translation_that_ends_by_hand():
+    best, other = find("6-translation.md", "If they end now, log P is", ", and both are divided by")
+    assert (best, other) == pytest.approx((math.log(0.288), math.log(0.14)), abs=0.005)
+    start, length, scale, alpha, penalty = find(
+        "6-translation.md", "and both are divided by $`", "`$. So `which`"
+    )
+    assert (start, scale, alpha) == (5, 6, 1.2)
+    assert penalty == pytest.approx(((start + length) / scale) ** alpha, abs=0.005)
+    which, score = find("6-translation.md", "So `which` is", ", and the two tokens")
+    assert (which, score) == (0, pytest.approx(math.log(0.288) / 1.4123, abs=0.005))
+
+
 def test_tokens_of_a_batch_by_hand():
     pairs_module = importlib.import_module("inputs.pairs")
     pairs, source, target, total = find(
