@@ -563,7 +563,7 @@ def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Setti
     loss_of = torch.compile(next_token_loss) if settings.compiled else next_token_loss
     first = run.progress.step - run.progress.batch
     for step in run.steps(steps_of(first, run.progress.epoch, settings)):
-        if step == settings.fall:
+        if step == settings.fall > 0:
             run.keep(BEFORE_FALL)
         set_rates(run.optimizers, step, settings)
         starts = order.draw(step * settings.batch_size, settings.batch_size)

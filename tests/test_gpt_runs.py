@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -122,6 +123,12 @@ def test_a_run_is_lengthened_from_before_its_rates_fall(tmp_path, prepared, caps
     found = train(run, prepared, long)
     assert [row[:3] for row in run.progress.rows] == expected
     assert len(found) == len(expected) - 2
+
+
+def test_rates_that_fall_from_the_start_leave_nothing_to_lengthen(tmp_path, prepared):  # noqa: F811
+    settings = replace(SETTINGS, steps=2, falling=1.0)
+    train(start(tmp_path, prepared, settings=settings), prepared, settings)
+    assert not (tmp_path / G.BEFORE_FALL).exists()
 
 
 def test_a_run_is_lengthened_where_an_epoch_was_short(tmp_path, prepared):  # noqa: F811
@@ -247,13 +254,15 @@ def test_two_processes_train_stop_and_resume(tmp_path, data):  # noqa: F811
     torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
 
-def test_a_lack_of_a_compiler_is_a_line(run_script, tmp_path, data, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+def test_a_lack_of_a_compiler_is_a_line(tmp_path, data):  # noqa: F811
     options = ("--data", data, "--out", tmp_path / "out", "--device", "cpu", "--compiled")
-    done = run_script("gpt.py", *OPTIONS, *options)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "--compiled: PyTorch can't compile here: " in done.stderr
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, (*OPTIONS, *options))],
+        env={**os.environ, "CXX": "no compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False)
+    assert "gpt.py: --compiled: PyTorch can't compile here: " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out/corpus").exists()
 
 

@@ -8,6 +8,7 @@ import textwrap
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -263,13 +264,13 @@ WAVES = TABLE.sin()
     ("given", "wanted", "expected"),
     [
         (1.0, 1.0 + 1e-9, None),
-        ((1, [2, 3]), (1, [2, 4]), ("item 2: item 2: 3", "item 2: item 2: 4", "")),
-        (1, True, ("1", "True", "it is a int, and should be a bool")),
+        ((1, [2, 3]), (1, [2, 4]), ("(1, [2, 3])", "(1, [2, 4])", "")),
+        (1, True, ("1", "True", "it is an int, and should be a bool")),
         ((1,), [1], ("(1)", "[1]", "it is a tuple, and should be a list")),
         (ValueError("a"), ValueError("b"), None),
         (UnicodeError("a"), ValueError("b"), None),
         (ValueError("a"), 3, ("raises ValueError: a", "3", "")),
-        (object(), 3, ("a object", "3", "it is a object, and should be a int")),
+        (object(), 3, ("an object", "3", "it is an object, and should be an int")),
         (0.5, 1.0, ("0.5", "1", "it is 1/2 of what it should be")),
         (5000, 5001, ("5000", "5001", "")),
     ],
@@ -302,6 +303,8 @@ def test_results_differ_in_words(given, wanted, expected):
         (TABLE.int(), TABLE.int() + torch.eye(3, 4).int(), "3 of 12 numbers are wrong"),
         (TABLE, TABLE.clone().requires_grad_(), "its numbers are right, but nothing can learn from "
          "them: has it been detached, or computed without gradients?"),
+        (torch.tensor(30.0), torch.tensor(2.0), "it is 15 times what it should be"),
+        (torch.tensor(30), torch.tensor(2), ""),
         (torch.tensor([5000, 7]), torch.tensor([5001, 7]), "1 of 2 numbers is wrong"),
     ],
 )  # fmt: skip
@@ -580,6 +583,11 @@ def test_a_method_that_returns_nothing_is_judged_by_its_object():
     assert call.arguments == {"self.count": 2, "amount": 3}
     assert call.outcome == {"count": 5}
     assert watcher.recorded[0].outcome_of(Counter.add) == {"count": 5}
+    watcher.watched(Counter.add)(Counter(), np.int64(3))
+    found = differences.difference(watcher.report.calls[1].outcome, call.outcome)
+    assert found == (
+        "count: 5, an int64", "count: 5, an int", "it is an int64, and should be an int"
+    )  # fmt: skip
 
 
 def test_a_call_without_derivatives_is_repeated_without_them():

@@ -192,9 +192,10 @@ def test_each_row_counts_its_positions_from_its_first_real_token():
     model.hidden = hidden
     S.next_logits(model, tokens, real, start=0)
     ((_, positions, mask),) = calls
+    assert tuple(positions.shape) == (2, 4)
     assert positions[0, 2:].tolist() == [0, 1]
     assert positions[1].tolist() == [0, 1, 2, 3]
-    assert positions.min() == 0
+    assert positions.min().item() == 0
     assert mask.broadcast_to(2, 1, 4)[:, 0].tolist() == real.tolist()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from exercises.reports import Raised, Table, Thing
 
 SHOWN = 24  # numbers of a tensor that are all shown
+SHORT = 80  # characters of a list that is shown whole
 WIDTH = 180  # characters of a value that are shown
 
 
@@ -32,7 +33,7 @@ def describe(value: object) -> str:
     if isinstance(value, Table):
         return describe_table(value)
     if isinstance(value, Thing):
-        return shorten(value.text) or f"a {value.kind}"
+        return shorten(value.text) or of_kind(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, tuple | list):
@@ -93,9 +94,7 @@ def difference(given: object, wanted: object) -> Difference | None:
 def named(value: object, other: object) -> str:
     """Describe a value, with its type if the other's looks the same."""
     text = describe(value)
-    if text == describe(other):
-        return f"{text}, a {kind_of(value)}"
-    return text
+    return f"{text}, {of_kind(value)}" if text == describe(other) else text
 
 
 def kind_of(value: object) -> str:
@@ -105,12 +104,20 @@ def kind_of(value: object) -> str:
     return "error" if isinstance(value, Raised) else type(value).__name__
 
 
+def of_kind(value: object) -> str:
+    """Return the name of a value's type with its article."""
+    kind = kind_of(value)
+    if value is None:
+        return "None"
+    return f"an {kind}" if kind[0].lower() in "aeiou" else f"a {kind}"
+
+
 def kind_change(given: object, wanted: object) -> str:
     """Say that two types differ, unless one is an error or they are alike."""
     kinds = kind_of(given), kind_of(wanted)
     if "error" in kinds or kinds[0] == kinds[1]:
         return ""
-    return f"it is a {kinds[0]}, and should be a {kinds[1]}".replace("a NoneType", "None")
+    return f"it is {of_kind(given)}, and should be {of_kind(wanted)}"
 
 
 def items_difference(
@@ -125,6 +132,9 @@ def items_difference(
         )
     for number, (a, b) in enumerate(zip(given, wanted, strict=True), start=1):
         if found := difference(a, b):
+            texts = describe(given), describe(wanted)
+            if texts[0] != texts[1] and max(map(len, texts)) <= SHORT:
+                return Difference(*texts)
             return Difference(f"item {number}: {found[0]}", f"item {number}: {found[1]}", found.how)
     return None
 
@@ -281,6 +291,8 @@ def other_axis(given: Tensor, wanted: Tensor) -> Iterator[str]:
 def sums_and_products(given: Tensor, wanted: Tensor) -> Iterator[str]:
     """Yield the factor of all numbers, or the number that was added to all."""
     if given.numel() == 1:
+        if words := number_change(given.item(), wanted.item()):
+            yield words
         return
     whole = not given.dtype.is_floating_point  # then nothing was rounded
     given = given.double()
@@ -318,9 +330,9 @@ def product(factor: float) -> str:
 
 
 def number_change(given: object, wanted: object) -> str:
-    """Put the factor of a number into words, if it is a plain one."""
-    assert isinstance(given, int | float)
-    assert isinstance(wanted, int | float)
+    """Put the factor of a number into words, if it is a plain one, and no number of a token."""
+    if not isinstance(given, float) or not isinstance(wanted, float):
+        return ""
     if wanted == 0 or not math.isfinite(given):
         return ""
     factor = given / wanted

@@ -187,7 +187,12 @@ def compared_values(comparison: Comparison) -> Iterator[str]:
     if comparison.operator == "==":
         found = difference(comparison.given, comparison.wanted)
         fallback = Difference(describe(comparison.given), describe(comparison.wanted))
-        yield from in_words(found or fallback)
+        found = found or fallback
+        if type(comparison.given) is not type(
+            comparison.wanted
+        ):  # which says nothing of the answer
+            found = found._replace(how="")
+        yield from in_words(found)
     else:
         yield f"gave    {describe(comparison.given)}"
         words = OPERATORS.get(comparison.operator, comparison.operator)

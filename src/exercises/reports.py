@@ -192,8 +192,14 @@ def effect(outcome: object, function: Callable[..., Any], arguments: tuple[Any, 
 
 
 def numbers_of(value: object) -> dict[str, object]:
-    """Return the attributes of an object that are numbers, unless it is a network."""
-    if isinstance(value, nn.Module):
-        return {}
-    attributes = getattr(value, "__dict__", {})
-    return {name: number for name, number in attributes.items() if isinstance(number, int | float)}
+    """Return the attributes of an object that are numbers, unless it is a network.
+
+    Those of NumPy are not made Python's: the difference matters.
+    """
+    found: dict[str, object] = {}
+    for name, number in getattr(value, "__dict__", {}).items():
+        if isinstance(number, np.number):
+            found[name] = Thing(type(number).__name__, str(number))
+        elif isinstance(number, int | float):
+            found[name] = number
+    return {} if isinstance(value, nn.Module) else found
