@@ -102,9 +102,10 @@ def would_be_filled(task: Task, reference: str, state: State, tasks: dict[str, T
     """Return the unfinished exercises that making the hole of another one would solve."""
     hole = hole_lines(reference, task)
     found = []
-    for name in set(state.started) & set(tasks) - {*state.done, task.name}:
-        other = tasks[name]
-        if not other.symptom and (other.script, other.function) == (task.script, task.function):
+    for other in tasks.values():
+        unfinished = other.name in state.started and other.name not in state.done
+        same = (other.script, other.function) == (task.script, task.function)
+        if unfinished and same and not other.symptom:
             lines = hole_lines(reference, other)
             if lines.start < hole.start or lines.stop > hole.stop:
                 found.append(other)

@@ -188,10 +188,8 @@ def compared_values(comparison: Comparison) -> Iterator[str]:
         found = difference(comparison.given, comparison.wanted)
         fallback = Difference(describe(comparison.given), describe(comparison.wanted))
         found = found or fallback
-        if type(comparison.given) is not type(
-            comparison.wanted
-        ):  # which says nothing of the answer
-            found = found._replace(how="")
+        if type(comparison.given) is not type(comparison.wanted):
+            found = found._replace(how="")  # a test made them: it says nothing of the answer
         yield from in_words(found)
     else:
         yield f"gave    {describe(comparison.given)}"

@@ -186,7 +186,7 @@ def outcome_of(function: Callable[..., Any], *arguments: Any, **options: Any) ->
 
 def effect(outcome: object, function: Callable[..., Any], arguments: tuple[Any, ...]) -> object:
     """Return what a call returned or raised; if it is nothing, the numbers of its object then."""
-    if outcome is None and "self" in inspect.signature(function).parameters:
+    if outcome is None and arguments and "self" in inspect.signature(function).parameters:
         return numbers_of(arguments[0]) or None
     return plain(outcome)
 
