@@ -1036,6 +1036,23 @@ def make_run(
     return Run(out, model, optimizers, fixed, epochs, seed, conditions, save_minutes)
 
 
+def use_model(args: argparse.Namespace) -> None:
+    """Write, talk, measure, zip or unzip with a network that was trained or published."""
+    model, published = open_model(args.model or args.out)
+    model.to(args.device)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.write is not None:
+        show_writing(model, published, args.write, sampling, args.seed, args.stop)
+    elif args.chat:
+        show_chat(model, published, sampling, args.seed)
+    elif args.bits is not None:
+        show_bits(model, published, args.bits)
+    elif args.zip is not None:
+        show_zipping(model, published, args.zip, args.force)
+    else:
+        show_unzipping(model, published, args.unzip, args.force)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test and save, or use what was trained; return the exit status."""
@@ -1043,19 +1060,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parse(argv)
     out = args.out
     if uses_model(args):
-        model, published = open_model(args.model or out)
-        model.to(args.device)
-        sampling = Sampling(args.temperature, args.top_k, args.top_p)
-        if args.write is not None:
-            show_writing(model, published, args.write, sampling, args.seed, args.stop)
-        elif args.chat:
-            show_chat(model, published, sampling, args.seed)
-        elif args.bits is not None:
-            show_bits(model, published, args.bits)
-        elif args.zip is not None:
-            show_zipping(model, published, args.zip, args.force)
-        else:
-            show_unzipping(model, published, args.unzip, args.force)
+        use_model(args)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with joined_processes(args.device), alone(out):

@@ -197,9 +197,11 @@ def numbers_of(value: object) -> dict[str, object]:
     Those of NumPy are not made Python's: the difference matters.
     """
     found: dict[str, object] = {}
+    if isinstance(value, nn.Module):
+        return found
     for name, number in getattr(value, "__dict__", {}).items():
         if isinstance(number, np.number):
             found[name] = Thing(type(number).__name__, str(number))
         elif isinstance(number, int | float):
             found[name] = number
-    return {} if isinstance(value, nn.Module) else found
+    return found
