@@ -469,7 +469,7 @@ PRESETS = {
     "tiny": Settings(),
     "small": Settings(
         d_model=256, num_layers=4, num_heads=8, num_kv_heads=8, d_ff=704, context=512,
-        vocab_size=4096, steps=4000, interval=400, falling=0.4, weight_decay=0.1, clip=1.0,
+        vocab_size=4096, steps=4600, interval=920, compiled=True, weight_decay=0.1, clip=1.0,
     ),
     "base": Settings(  # GPT-2 (Radford et al. 2019), but 50,257 tokens slow down a GPU
         d_model=768, num_layers=12, num_heads=12, num_kv_heads=12, d_ff=2048, context=1024,
@@ -548,7 +548,9 @@ def check_compiler(settings: Settings, device: torch.device) -> None:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
         except RuntimeError as error:
             reason = first_line(error)
-            raise OSError(f"--compiled: PyTorch can't compile here: {reason}") from error
+            raise OSError(
+                f"PyTorch can't compile here; --no-compiled trains without: {reason}"
+            ) from error
 
 
 def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Settings) -> None:
