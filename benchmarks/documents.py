@@ -6,9 +6,10 @@
 The texts are made of the Python files of the environment, in a temporary folder. For each size, two
 processes one after the other start a training: the first learns the tokenizer and encodes the text,
 the second finds that done. The second's share of the mapped tokens is half of them, as the
-benchmark itself has mapped them, too. Steps of training on all texts are then taken in turn, in one
-process. Prints a table; what it says of 40 GB is computed, by a straight line. On a shared machine,
-the seconds of the cores say more than those of the clock.
+benchmark itself has mapped them, too. Then the text is encoded once more, with that tokenizer, and
+steps of training on all texts are taken in turn, in one process. Prints a table; what it says of
+40 GB is computed, by a straight line. On a shared machine, the seconds of the cores say more than
+those of the clock.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from pathlib import Path
 from random import Random
 from threading import Event, Thread
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -119,6 +122,16 @@ def measure_start(text: Path, cache: Path) -> dict:
     return json.loads(done.stdout)
 
 
+def measure_encoding(text: Path, tokenizer: Tokenizer) -> float:
+    """Return the seconds that encoding takes, with a tokenizer that was learned before."""
+    listing = documents.list_files(documents.Text(text, ("*.py",)))
+    encoder = documents.Encoder(tokenizer, documents.MARK_ID, np.dtype(np.uint16), by_pieces=True)
+    with tempfile.TemporaryDirectory() as folder:
+        before = time.perf_counter()
+        documents.encode_listing(listing, encoder, Path(folder))
+        return time.perf_counter() - before
+
+
 def measure_steps(folders: list[Path]) -> list[float]:
     """Return the median seconds of a step of training on each of the texts, taken in turn."""
     script = importlib.import_module("gpt")
@@ -153,13 +166,14 @@ def measure(size: float, folder: Path) -> dict:
     names = [*text.rglob("*.py")]
     bytes_ = sum(path.stat().st_size for path in names)
     first = measure_start(text, folder / "cache")
-    corpus, _ = documents.open_corpus(Path(first["folder"]))
+    corpus, tokenizer = documents.open_corpus(Path(first["folder"]))
     corpus.tokens.view(torch.uint8).max()  # this process holds the file, too
     second = measure_start(text, folder / "cache")
     mapped = corpus.tokens.numel() * corpus.tokens.element_size()
     return {
         "folder": Path(first["folder"]), "MB": bytes_ / MB, "files": len(names),
         "first": first["seconds"], "cpu": first["cpu"], "second": second["seconds"],
+        "encoding": measure_encoding(text, tokenizer),
         "memory": max(first["memory"], second["memory"]) / MB, "later": second["memory"] / MB,
         "tokens": mapped / MB, "share": second["share"] / mapped,
     }  # fmt: skip
@@ -169,16 +183,16 @@ def extend(rows: list[dict]) -> dict:
     """Return what a straight line through the smallest and the largest text says of FAR."""
     low, high = rows[0], rows[-1]
     ratio = (FAR - low["MB"]) / (high["MB"] - low["MB"])
-    names = ("files", "first", "cpu", "second", "memory", "later", "tokens")
+    names = ("files", "first", "cpu", "encoding", "second", "memory", "later", "tokens")
     return {"MB": FAR} | {name: low[name] + ratio * (high[name] - low[name]) for name in names}
 
 
 def show(row: dict, note: str) -> None:
     """Print a row of the table."""
-    rate = row["MB"] / row["first"]
     print(
-        f"{row['MB']:8,.0f} {row['files']:10,.0f} {row['first']:9,.1f} {rate:6.1f}"
-        f" {row['cpu']:9,.1f} {row['second']:9.2f} {row['memory']:7,.0f} {row['later']:7,.0f}"
+        f"{row['MB']:8,.0f} {row['files']:10,.0f} {row['first']:9,.1f} {row['cpu']:9,.1f}"
+        f" {row['encoding']:9,.1f} {row['MB'] / row['encoding']:6.1f} {row['second']:9.2f}"
+        f" {row['memory']:7,.0f} {row['later']:7,.0f}"
         f" {row['tokens']:10,.0f} {note}",
         flush=True,
     )
@@ -197,9 +211,10 @@ def main() -> None:
         start(args.text, args.cache)
         return
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("                      first start               second   MB that are no file  MB of")
+    print("                    first start              encoding    second  MB without files")
     print(
-        "      MB      files         s   MB/s     CPU s         s   first  second     tokens share"
+        "      MB      files         s     CPU s         s   MB/s         s   first  second"
+        "  MB tokens share"
     )
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(size, Path(folder)) for size in args.sizes]
