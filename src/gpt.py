@@ -548,9 +548,7 @@ def check_compiler(settings: Settings, device: torch.device) -> None:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
         except RuntimeError as error:
             reason = first_line(error)
-            raise OSError(
-                f"PyTorch can't compile here; --no-compiled trains without: {reason}"
-            ) from error
+            raise OSError(f"PyTorch can't compile here; use --no-compiled: {reason}") from error
 
 
 def train_epoch(run: Run[GPT], model: nn.Module, tokens: Tensor, settings: Settings) -> None:

@@ -277,6 +277,19 @@ def parse(argv: Sequence[str] | None, tasks: dict[str, Task]) -> argparse.Namesp
     return args
 
 
+def choose(name: str | None, state: State, tasks: dict[str, Task]) -> Task:
+    """Make an exercise the current one, unless no name is given; return the current one.
+
+    Raises OSError if it was not started.
+    """
+    state.current = name or state.current
+    if state.current not in state.started:
+        first = f"poetry run src/practice.py start {name}" if name else advice(state, tasks)
+        raise OSError(f"start one first: {first}")
+    write_state(state)
+    return tasks[state.current]
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the given command; return the exit status."""
@@ -293,14 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = remaining(state, tasks) or list(tasks)
         start(tasks[args.name or rest[0]], state, tasks, args.again)
         return 0
-    state.current = args.name or state.current
-    if state.current not in state.started:
-        first = (
-            f"poetry run src/practice.py start {args.name}" if args.name else advice(state, tasks)
-        )
-        raise OSError(f"start one first: {first}")
-    write_state(state)
-    task = tasks[state.current]
+    task = choose(args.name, state, tasks)
     if args.command == "hint":
         show_hint(task, state)
     elif args.command == "solution":

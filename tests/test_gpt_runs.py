@@ -263,7 +263,7 @@ def test_a_lack_of_a_compiler_is_a_line(tmp_path, data):  # noqa: F811
     )  # fmt: skip
     assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False)
     last = done.stderr.splitlines()[-1]
-    assert "gpt.py: PyTorch can't compile here; --no-compiled trains without: " in last
+    assert "gpt.py: PyTorch can't compile here; use --no-compiled: " in last
     assert not (tmp_path / "out/corpus").exists()
 
 
